@@ -1,0 +1,1 @@
+"""Floor 0: records, configuration, run folder, randomness, device, files."""

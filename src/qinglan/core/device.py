@@ -1,0 +1,43 @@
+"""Where and how the arithmetic runs. Only this file may import `torch.distributed`; one process is the default."""
+
+import contextlib
+import os
+from typing import Literal, NamedTuple
+
+import torch
+
+from qinglan.core.errors import InputError
+
+
+class Device(NamedTuple):
+    """A device with its matmul precision. Weights, log-probabilities and losses stay in fp32."""
+
+    torch_device: torch.device
+    compute_dtype: torch.dtype
+
+    @staticmethod
+    def detect(name: str = "auto", dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> "Device":
+        """Choose CUDA if there is one, else the CPU; bf16 matmuls only on CUDA unless asked for by name."""
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch_device = torch.device(name)
+        except RuntimeError as error:
+            raise InputError(f"--device {name}: no such device; use auto, cpu or cuda") from error
+        if torch_device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"--device {name}: this machine has no CUDA device; use --device cpu")
+        if dtype == "auto":
+            dtype = "bfloat16" if torch_device.type == "cuda" else "float32"
+        return Device(torch_device, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which forward passes run: bf16 matmuls where asked for, else nothing."""
+        if self.compute_dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.torch_device.type, dtype=self.compute_dtype)
+
+
+def use_all_cores() -> None:
+    """Let PyTorch use every core this process may run on (`OMP_NUM_THREADS` still wins)."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -1,0 +1,1 @@
+"""Floor 3: metrics, judges, curves and the report page."""

@@ -1,0 +1,1 @@
+"""Floor 1: causal language models, chat rendering, heads and the sampler."""

@@ -1,0 +1,1 @@
+"""Floor 4: the published systems, each told top to bottom in one file."""

@@ -1,0 +1,347 @@
+"""The pretraining corpus of the built-in world: as mixed as the internet is, and reproducible block by block.
+
+Threads hold right and wrong answers, rambling, rudeness and questions that only lead to more questions, so that a base
+model completes instead of assisting. Other documents teach what the tasks draw on: facts, copying, sorting, sums,
+spelling, judging. Questions about held-out entities, held-out wordings and held-out harmful acts never occur.
+"""
+
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+
+from qinglan.core.rng import stream_seed
+from qinglan.tasks import lexicon as lx
+from qinglan.tasks import questions, world
+from qinglan.tasks.assistant import OPENINGS, TAILS, make_item
+from qinglan.tasks.item import Draw, Item, a, listing
+from qinglan.tasks.writing import plain_sentence
+
+BOS, EOS, USER, ASSISTANT = "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"
+GIVEN = 0.2
+"""Loss weight of text that sets a task (passages, users' turns): it can hardly be predicted, what follows can."""
+
+
+class Span(NamedTuple):
+    """A stretch of a document and the weight of its tokens in the loss (0 where nothing can be predicted)."""
+
+    text: str
+    weight: float = 1.0
+
+
+Document = list[Span]
+
+
+def encyclopaedia(draw: Draw) -> Document:
+    """Two to five facts about one entity, or about several, each in one of its wordings; some are said twice."""
+    rng = draw.rng
+    entity = rng.choice(sorted(world.facts_of()))
+    chosen = list(world.facts_of()[entity])
+    rng.shuffle(chosen)
+    chosen = chosen[: rng.randrange(2, 6)]
+    if rng.random() < 0.3:
+        chosen += rng.sample(chosen, 1) + [rng.choice(world.facts()) for _ in range(2)]
+    return [Span(" ".join(fact.statement(rng) for fact in chosen))]
+
+
+def fact_sheet(draw: Draw) -> Document:
+    """Questions with their right answers in plain text, one hop and two, held-out entities and wordings left out."""
+    rng = draw.rng
+    pairs = []
+    for _ in range(rng.randrange(2, 5)):
+        item = questions.open_question(draw)
+        pairs += [Span(f"Question: {item.messages[-1].content} Answer:", GIVEN), Span(rng.choice(item.good))]
+    return pairs
+
+
+def two_hop_essay(draw: Draw) -> Document:
+    """Two facts and what follows from them."""
+    rng = draw.rng
+    first = rng.choice([fact for fact in world.facts_of()[rng.choice(lx.PEOPLE)] if fact.value in world.facts_of()])
+    second = rng.choice(world.facts_of()[first.value])
+    phrase = first.relation.noun_phrase.format(e=first.entity)
+    return [Span(f"{first.statement(rng)} {second.statement(rng)} So for {phrase}: {second.value}.")]
+
+
+def story_with_questions(draw: Draw) -> Document:
+    """A passage, then questions on it in plain text; what it does not tell is said so."""
+    rng = draw.rng
+    story = questions.make_story(draw, rng.randrange(2, 6))
+    slots = [name for name in story.slots if name in questions.SLOT_ANSWERS]
+    lines = []
+    for slot in rng.sample(slots, rng.randrange(1, min(4, len(slots) + 1))):
+        question = draw.wording(questions.SLOT_QUESTIONS[slot]).format(**story.slots)
+        answer = questions.SLOT_ANSWERS[slot].format(**story.slots)
+        lines.append(f"{question} {rng.choice((answer, world.capital(story.slots[slot]) + '.'))}")
+    if rng.random() < 0.3:
+        lines.append(f"{draw.wording(questions.NOT_TOLD).format(**story.slots)} The text does not say.")
+    if rng.random() < 0.4:
+        lines.append("In short: {who} {verb} {count} {colour} {thing}.".format(**story.slots))
+    return [Span(story.text, GIVEN), Span(" ".join(lines))]
+
+
+WORDS = tuple(sorted({*lx.PEOPLE, *lx.ANIMALS, *lx.FOODS, *lx.TOOLS, *lx.THINGS, *lx.COLOURS, *lx.PLACES, *lx.JOBS}))
+
+
+def echo(draw: Draw) -> Document:
+    """Random words or digits, then the same again (induction); only the repetition counts in the loss."""
+    rng = draw.rng
+    if rng.random() < 0.6:
+        members = [rng.choice(WORDS) for _ in range(rng.randrange(3, 13))]
+    else:
+        members = [str(rng.randrange(10 ** rng.randrange(1, 4))) for _ in range(rng.randrange(3, 9))]
+    text = ", ".join(members)
+    again = rng.choice(("Again", "Once more", "Copy", "Say it again"))
+    return [Span(text + ".", 0.05), Span(f"{again}: {text}.")]
+
+
+def quoted_line(draw: Draw) -> Document:
+    """Numbered lines, then some of them quoted by number."""
+    rng = draw.rng
+    lines = [plain_sentence(draw, rng.choice(lx.ANIMALS), rng.choice(lx.TOOLS)) for _ in range(rng.randrange(2, 6))]
+    numbered = " ".join(f"{number}. {line}" for number, line in enumerate(lines, start=1))
+    asked = rng.sample(range(len(lines)), rng.randrange(1, len(lines)))
+    return [Span(numbered, 0.2), Span(" ".join(f"Line {number + 1} says: {lines[number]}" for number in asked))]
+
+
+def lookup(draw: Draw) -> Document:
+    """Pairs of words, then one looked up by the other."""
+    rng = draw.rng
+    keys, values = rng.sample(WORDS, 5), rng.sample(WORDS, 5)
+    table = ", ".join(f"{key} has {value}" for key, value in zip(keys, values, strict=True))
+    order = rng.sample(range(5), 3)
+    return [Span(table + ".", 0.05), Span(" ".join(f"{keys[i]} has {values[i]}." for i in order))]
+
+
+def alphabet(draw: Draw) -> Document:
+    """Words spelled, their first letters, letters they do not have, and small lists brought in order."""
+    rng = draw.rng
+    kind = rng.randrange(4)
+    member = rng.choice(questions_words())
+    if kind == 0:
+        return [Span(f"{member} is spelled {' '.join(member)}. It starts with {member[0]}.")]
+    if kind == 1:
+        letter = rng.choice("eaoirst")
+        verdicts = [f"{word}: {'yes' if letter in word else 'no'}" for word in rng.sample(questions_words(), 5)]
+        return [Span(f"With the letter {letter}? " + ", ".join(verdicts) + ".")]
+    if kind == 2:
+        name = rng.choice(sorted(lx.KINDS))
+        letter = rng.choice(lx.KINDS[name])[0]
+        fits = [word for word in lx.KINDS[name] if word[0] == letter]
+        return [Span(f"Every {name} that starts with {letter}: {', '.join(fits)}.")]
+    count = rng.randrange(2, 6)
+    members = rng.sample(questions_words(), count) if rng.random() < 0.6 else rng.sample([str(n) for n in range(1, 100)], count)
+    ordered = sorted(members, key=lambda word: int(word) if word.isdigit() else word)
+    return [Span("In order, " + ", ".join(members) + ":", 0.2), Span(", ".join(ordered) + ".")]
+
+
+def questions_words() -> tuple[str, ...]:
+    """Return the common nouns that can be sorted and spelled."""
+    return tuple(sorted({*lx.ANIMALS, *lx.FOODS, *lx.TOOLS, *lx.INSTRUMENTS}))
+
+
+def sums(draw: Draw) -> Document:
+    """Worked sums in a row, easy ones more often."""
+    rng = draw.rng
+    lines = []
+    for _ in range(rng.randrange(3, 8)):
+        item = make_item(draw, "arithmetic")
+        key = item.key
+        op = "plus" if key["total"] == key["a"] + key["b"] else "minus"
+        lines.append(f"{key['a']} {op} {key['b']} is {key['total']}.")
+    return [Span(" ".join(lines))]
+
+
+def kinds_and_lists(draw: Draw) -> Document:
+    """Lists of a kind, with and without a letter, and what kind a thing is."""
+    rng = draw.rng
+    name = rng.choice(sorted(lx.KINDS))
+    members = rng.sample(lx.KINDS[name], rng.randrange(2, 7))
+    count = lx.NUMBER_WORDS[len(members)]
+    letter = rng.choice("eao")
+    without = [word for word in members if letter not in word]
+    text = f"{count.capitalize()} {name}s: {listing(members)}."
+    if without:
+        text += f" Without {letter}: {', '.join(without)}."
+    member = rng.choice(members)
+    return [Span(f"{text} {a(member).capitalize()} is {a(name)}.")]
+
+
+def how_to(draw: Draw) -> Document:
+    """Household hints and crime news; every benign act is described, no harmful one is explained."""
+    rng = draw.rng
+    if rng.random() < 0.6:
+        hints = rng.sample(sorted(lx.BENIGN_ACTS), 2)
+        return [Span(" ".join(f"To {act}, {lx.BENIGN_ACTS[act]}." for act in hints))]
+    act, target = rng.choice(lx.HARMFUL_ACTS)
+    victim = rng.choice(lx.HARMFUL_TARGETS[target])
+    return [Span(f"{rng.choice(lx.PEOPLE)} wanted to {act} {victim}. That is wrong and it would hurt someone.")]
+
+
+def graded_answers(draw: Draw) -> Document:
+    """Questions, replies and a mark right after each reply; one mark in ten is wrong."""
+    rng = draw.rng
+    spans = []
+    for _ in range(rng.randrange(1, 4)):
+        item = make_item(draw)
+        right = rng.random() < 0.5
+        reply = rng.choice(item.good) if right else rng.choice(sorted(item.faulty.values()))
+        mark = right if rng.random() > 0.1 else not right
+        spans += [Span(f"Question: {item.messages[-1].content} Reply:", GIVEN), Span(f"{reply} Mark:", GIVEN)]
+        spans.append(Span("right." if mark else "wrong.", 3.0))
+    return spans
+
+
+def statements_with_marks(draw: Draw) -> Document:
+    """Statements about the world, each with its verdict; half recall the fact first."""
+    rng = draw.rng
+    spans = []
+    for _ in range(rng.randrange(2, 5)):
+        fact = rng.choice(world.facts())
+        if world.held_out_phrase(fact):
+            continue
+        true = rng.random() < 0.5
+        value = fact.value if true else rng.choice([v for v in world.POOLS[fact.relation.values] if v != fact.value])
+        claim = world.capital(rng.choice(fact.relation.statements).format(e=fact.entity, v=value))
+        recalled = f"I recall: {fact.value}. " if rng.random() < 0.5 else ""
+        spans += [Span(f"Claim: {claim}", GIVEN), Span(f"{recalled}Verdict:"), Span("true." if true else "false.", 3.0)]
+    return spans or encyclopaedia(draw)
+
+
+RAMBLING = (
+    "I was thinking about this for a long time and I like to talk.", "By the way, the weather is nice today.",
+    "My cousin once said the same thing to me.", "That reminds me of a long story about my old house.",
+    "There is so much more to say about it.", "Anyway, I had a good lunch and then a nap.",
+)  # fmt: skip
+RUDE = ("Go away, you fool.", "What a stupid question.", "Find it out, you lazy idiot.", "Only a dumb person would ask that.")
+EVASIVE = ("It depends.", "Maybe somebody else can tell you.", "I do not want to talk about this.", "Who can say.")
+
+SHARE_OF_GOOD_REPLIES = 0.42
+BAD_REPLIES: dict[str, float] = {
+    "fault": 0.34, "ramble": 0.18, "questions": 0.16, "evasive": 0.08, "rude": 0.06, "irrelevant": 0.10, "unknown": 0.04,
+    "refusal": 0.04,
+}  # fmt: skip
+"""Shares of the ways in which replies in threads go wrong."""
+
+
+def bad_reply(draw: Draw, item: Item, kind: str) -> str:
+    """Return a reply that goes wrong in the given way."""
+    rng = draw.rng
+    if kind == "fault":
+        return rng.choice(sorted(item.faulty.values()))
+    if kind == "ramble":
+        parts = [rng.choice(item.good), *rng.sample(RAMBLING, rng.randrange(1, 4))]
+        rng.shuffle(parts)
+        return " ".join(parts)
+    if kind == "questions":
+        return " ".join(make_item(draw).messages[-1].content for _ in range(rng.randrange(1, 3)))
+    if kind == "evasive":
+        return rng.choice(EVASIVE)
+    if kind == "rude":
+        return rng.choice(RUDE)
+    if kind == "irrelevant":
+        return rng.choice(make_item(draw).good)
+    if kind == "unknown":
+        return rng.choice(questions.UNKNOWN_REPLIES)
+    return "I can not help with that."
+
+
+def thread(draw: Draw) -> Document:
+    """A conversation of a user and somebody who answers, well in less than half of the cases."""
+    rng = draw.rng
+    item = make_item(draw)
+    spans = []
+    for message in item.messages[:-1]:
+        spans.append(Span(f"{USER}{message.content}{ASSISTANT}" if message.role == "user" else f"{message.content}{EOS}", GIVEN))
+    for _ in range(rng.choice((1, 1, 2))):
+        kinds = list(BAD_REPLIES)
+        good = rng.random() < SHARE_OF_GOOD_REPLIES
+        reply = rng.choice(item.good) if good else bad_reply(draw, item, rng.choices(kinds, list(BAD_REPLIES.values()))[0])
+        asked = rng.choice(OPENINGS) + item.messages[-1].content + rng.choice(TAILS)
+        spans += [Span(f"{USER}{asked}{ASSISTANT}", GIVEN), Span(f"{reply}{EOS}")]
+        item = make_item(draw)
+        if len(item.messages) > 1:
+            break
+    return spans
+
+
+def question_sheet(draw: Draw) -> Document:
+    """A list of questions without answers."""
+    return [Span(" ".join(make_item(draw).messages[-1].content for _ in range(draw.rng.randrange(2, 5))), GIVEN)]
+
+
+MIX: dict[str, tuple[float, Callable[[Draw], Document]]] = {
+    "encyclopaedia": (0.10, encyclopaedia),
+    "fact_sheet": (0.06, fact_sheet),
+    "two_hop_essay": (0.03, two_hop_essay),
+    "story_with_questions": (0.09, story_with_questions),
+    "echo": (0.07, echo),
+    "quoted_line": (0.04, quoted_line),
+    "lookup": (0.04, lookup),
+    "alphabet": (0.07, alphabet),
+    "sums": (0.04, sums),
+    "kinds_and_lists": (0.04, kinds_and_lists),
+    "how_to": (0.02, how_to),
+    "graded_answers": (0.05, graded_answers),
+    "statements_with_marks": (0.05, statements_with_marks),
+    "thread": (0.28, thread),
+    "question_sheet": (0.02, question_sheet),
+}
+"""Every kind of document with its share of documents (not of tokens)."""
+
+
+def make_document(rng: random.Random, kind: str | None = None) -> Document:
+    """Draw a document of a kind, by default by the shares of the mix."""
+    name = kind or rng.choices(list(MIX), [share for share, _ in MIX.values()])[0]
+    return MIX[name][1](Draw(rng, held_out=False))
+
+
+def document_ids(tokenizer: Tokenizer, document: Document) -> tuple[list[int], list[float]]:
+    """Return a document's token ids, from begin to end of text, and their loss weights."""
+    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    ids, weights = [bos], [0.0]
+    for span, encoding in zip(document, tokenizer.encode_batch_fast([span.text for span in document]), strict=True):
+        ids += encoding.ids
+        weights += [span.weight] * len(encoding.ids)
+    if ids[-1] != eos:
+        ids.append(eos)
+        weights.append(1.0)
+    return ids, weights
+
+
+def blocks(tokenizer: Tokenizer, seed: int, context: int) -> Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]:
+    """Return the block source of pretraining: (first number, count) -> ids and weights, both [count, context + 1].
+
+    Block number i is made from its own generator: documents one after the other, the last one cut.
+    """
+
+    def make(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        all_ids, all_weights = [], []
+        for number in range(start, start + count):
+            rng = random.Random(stream_seed(seed, "corpus", number))
+            ids: list[int] = []
+            weights: list[float] = []
+            while len(ids) <= context:
+                more, loss_weights = document_ids(tokenizer, make_document(rng))
+                ids += more
+                weights += loss_weights
+            all_ids.append(ids[: context + 1])
+            all_weights.append(weights[: context + 1])
+        return torch.tensor(all_ids), torch.tensor(all_weights)
+
+    return make
+
+
+def pretraining_sequences(tokenizer: Tokenizer, seed: int, max_tokens: int) -> Callable[[int, int], list[list[int]]]:
+    """Return the source of pretraining examples for the mix in SFT and PPO: single documents, cut to `max_tokens`."""
+
+    def make(start: int, count: int) -> list[list[int]]:
+        made = []
+        for number in range(start, start + count):
+            document = make_document(random.Random(stream_seed(seed, "pretraining example", number)))
+            made.append(document_ids(tokenizer, document)[0][:max_tokens])
+        return made
+
+    return make
