@@ -1,7 +1,7 @@
 """Formats that hold demonstrations or bare prompts: one function from a row to what it holds.
 
-TRL's columns are those of its `dataset_formats` page; Alpaca, Dolly and Self-Instruct are named after the data sets that
-made their columns common. A demonstration is the last assistant turn; the turns before it are its prompt.
+TRL's columns are those of its `dataset_formats` page; Alpaca, Dolly and Self-Instruct are named after the data sets
+that made their columns common. A demonstration is the last assistant turn; the turns before it are its prompt.
 """
 
 from qinglan.core.records import Message
@@ -18,6 +18,7 @@ from qinglan.data.fields import (
     optional_text,
     prompt_turns,
     required,
+    required_inside,
     text_of,
 )
 from qinglan.data.rows import Row
@@ -29,7 +30,7 @@ def instruction_turns(instruction: str, further: str) -> tuple[Message, ...]:
 
 
 def parse_conversation(row: Row) -> Parsed:
-    """TRL `messages` or ShareGPT `conversations`: the last assistant turn is the demonstration; without one, a prompt."""
+    """TRL `messages`, ShareGPT `conversations`: the last assistant turn is the demonstration; without it, a prompt."""
     field = "messages" if "messages" in row.fields else "conversations"
     turns = messages_of(required(row.fields, field), field)
     given_id = label_text(row.fields, "id")
@@ -65,11 +66,15 @@ def parse_instances(row: Row) -> Parsed:
     """Self-Instruct: an instruction with instances [{input, output}], one demonstration each."""
     instruction = text_of(required(row.fields, "instruction"), "instruction")
     found = []
-    for number, value in enumerate(list_of(required(row.fields, "instances"), "instances", "a list of {input, output}")):
+    for number, value in enumerate(
+        list_of(required(row.fields, "instances"), "instances", "a list of {input, output}")
+    ):
         field = f"instances[{number}]"
         instance = mapping_of(value, field, "an object {input, output}")
         prompt = make_prompt(row, instruction_turns(instruction, optional_text(instance, "input")))
-        found.append(make_demonstrated(row, prompt, text_of(required(instance, "output"), f"{field}.output")))
+        found.append(
+            make_demonstrated(row, prompt, text_of(required_inside(instance, "output", field), f"{field}.output"))
+        )
     return Parsed(row.place, None, tuple(shown.prompt for shown in found), tuple(found))
 
 
@@ -81,7 +86,7 @@ def parse_question_answer(row: Row) -> Parsed:
 
 
 def parse_unpaired(row: Row) -> Parsed:
-    """Thumbs (`prompt`/`messages` + `label`) and unranked samples: the prompt only, as a disliked text must not be imitated."""
+    """Thumbs (`prompt`/`messages` + `label`), unranked samples: the prompt only; a disliked text is not to imitate."""
     if "prompt" in row.fields:
         return Parsed(row.place, None, (make_prompt(row, prompt_turns(required(row.fields, "prompt"), "prompt")),))
     turns = messages_of(required(row.fields, "messages"), "messages")

@@ -1,4 +1,4 @@
-"""From the fields of one row to records: typed look-ups whose complaints name field, expected and found; makers of records.
+"""From the fields of one row to records: typed look-ups that name field, found and expected; makers of records.
 
 All text of foreign files is stripped of outer white space, as a sampled completion is: a space that only one model's
 completions begin with would otherwise teach a reward model who wrote them.
@@ -7,7 +7,7 @@ completions begin with would otherwise teach a reward model who wrote them.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from qinglan.core.files import hash_of
 from qinglan.core.records import (
@@ -27,7 +27,8 @@ from qinglan.core.records import (
 )
 from qinglan.data.rows import Row, RowProblem, shown
 
-ROLES = {
+Role = Literal["system", "user", "assistant"]
+ROLES: dict[str, Role] = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
     "system": "system",
@@ -50,11 +51,12 @@ class Parsed(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One completion before it is a record: its text, who made it, and the id that a ranking may name it by."""
+    """One completion before it is a record: its text, who made it, the id that a ranking may name it by, its source."""
 
     text: str
     producer: str
     name: str | None = None
+    source: Source = "policy"
 
 
 def required(fields: Mapping[str, Any], name: str) -> Any:
@@ -72,7 +74,9 @@ def text_of(value: Any, field: str) -> str:
         raise RowProblem(field, f"found {shown(value)}", "text")
     text = value.strip()
     if not text:
-        raise RowProblem(field, "empty text", "at least one character that is no white space", "fill it in or remove the row")
+        raise RowProblem(
+            field, "empty text", "at least one character that is no white space", "fill it in or remove the row"
+        )
     if SURROGATE.search(text):
         raise RowProblem(field, "half a surrogate pair, which no UTF-8 file can hold", "whole Unicode characters")
     return text
@@ -125,7 +129,9 @@ def content_of(value: Any, field: str) -> str:
         for number, part in enumerate(value):
             fields = mapping_of(part, f"{field}[{number}]", "a text part {type, text}")
             if fields.get("type") != "text":
-                raise RowProblem(f"{field}[{number}].type", f"found {shown(fields.get('type'))}", "'text', the only kind supported")
+                raise RowProblem(
+                    f"{field}[{number}].type", f"found {shown(fields.get('type'))}", "'text', the only kind supported"
+                )
             parts.append(text_of(fields.get("text"), f"{field}[{number}].text"))
         return text_of("".join(parts), field)
     return text_of(value, field)
@@ -138,11 +144,13 @@ def message_of(value: Any, field: str) -> Message:
     role = required_inside(fields, role_key, field)
     known = ROLES.get(role.lower()) if isinstance(role, str) else None
     if known is None:
-        raise RowProblem(f"{field}.{role_key}", f"unknown role, {shown(role)}", "system, user or assistant (human, gpt, prompter)")
+        raise RowProblem(
+            f"{field}.{role_key}", f"unknown role, {shown(role)}", "system, user or assistant (human, gpt, prompter)"
+        )
     if fields.get("tool_calls"):
         raise RowProblem(f"{field}.tool_calls", "a tool call", "text turns only", "remove the row")
     content = required_inside(fields, content_key, field)
-    return Message(role=known, content=content_of(content, f"{field}.{content_key}"))  # type: ignore[arg-type]
+    return Message(role=known, content=content_of(content, f"{field}.{content_key}"))
 
 
 def required_inside(fields: Mapping[str, Any], name: str, field: str) -> Any:
@@ -209,11 +217,14 @@ def transcript_turns(text: str, field: str) -> tuple[Message, ...]:
     return tuple(turns)
 
 
-def make_prompt(row: Row, messages: tuple[Message, ...], *, tags: Sequence[str | None] = (), group: str | None = None) -> Prompt:
+def make_prompt(
+    row: Row, messages: tuple[Message, ...], *, tags: Sequence[str | None] = (), group: str | None = None
+) -> Prompt:
     """Return the prompt of a row; equal content in one group has one id.
 
-    The group is the given one, or a column of the row that names a user or a group, or else a hash of the conversation up to
-    its first user's turn, so that all comparisons of one prompt, and all turns of one conversation, stay on one side of a split.
+    The group is the given one, or a column of the row that names a user or a group, or else a hash of the
+    conversation up to its first user's turn, so that all comparisons of one prompt, and all turns of one
+    conversation, stay on one side of a split.
     """
     messages = ending_with_user(messages, "prompt")
     group = group or label_text(row.fields, *GROUP_COLUMNS) or opening_group(messages)
@@ -253,11 +264,11 @@ def split_of(row: Row) -> Split:
 
 
 def make_completion(row: Row, prompt: Prompt, item: Item, number: int = 0) -> Completion:
-    """Return a completion made by a model; `number` tells apart equal texts of one producer in one row."""
+    """Return one completion; `number` tells apart equal texts of one producer in one row."""
     return Completion(
         id=record_id("completion", prompt.id, item.producer, item.text, *([number] if number else [])),
         created_at=row.written_at,
-        source="policy",
+        source=item.source,
         producer_id=item.producer,
         prompt_group_id=prompt.prompt_group_id,
         split=prompt.split,
@@ -267,9 +278,11 @@ def make_completion(row: Row, prompt: Prompt, item: Item, number: int = 0) -> Co
     )
 
 
-def make_demonstrated(row: Row, prompt: Prompt, text: str, given_id: str | None = None) -> Demonstrated:
-    """Return a prompt with its demonstration, from the labeler that the row names."""
-    producer = label_text(row.fields, *LABELER_COLUMNS) or "unknown"
+def make_demonstrated(
+    row: Row, prompt: Prompt, text: str, given_id: str | None = None, *, labeler: str | None = None
+) -> Demonstrated:
+    """Return a prompt with its demonstration, from the given labeler or the one that the row names."""
+    producer = labeler or label_text(row.fields, *LABELER_COLUMNS) or "unknown"
     demonstration = Demonstration(
         id=given_id or record_id("demonstration", prompt.id, producer, text),
         created_at=row.written_at,
@@ -299,7 +312,7 @@ def make_group(
     seen: dict[Item, int] = {}
     completions = []
     for item in items:
-        bare = Item(item.text, item.producer)
+        bare = item._replace(name=None)
         completions.append(make_completion(row, prompt, bare, seen.get(bare, 0)))
         seen[bare] = seen.get(bare, 0) + 1
     ids = tuple(completion.id for completion in completions)
@@ -316,26 +329,28 @@ def make_group(
         order_shown=tuple(range(len(ids))),
         label=label,
     )
-    refuse_contradiction(items, label)
-    return ComparisonGroup(prompt, tuple(completions), comparison)
+    group = ComparisonGroup(prompt, tuple(completions), comparison)
+    refuse_contradiction(group)
+    return group
 
 
-def refuse_contradiction(items: Sequence[Item], label: Label) -> None:
+def refuse_contradiction(group: ComparisonGroup) -> None:
     """Raise where of two completions with the same text one is called better; equal texts that are tied may stand."""
+    texts = [completion.text for completion in group.completions]
+    label = group.comparison.label
     if not isinstance(label, Ranking):
-        if items[0].text == items[1].text and label.p_first_better != 0.5:
+        if texts[0] == texts[1] and label.p_first_better != 0.5:
             raise identical(0, 1)
         return
     place: dict[str, tuple[int, int]] = {}
-    for rank, group in enumerate(label.groups):
-        for item in group:
-            earlier = place.setdefault(items[item].text, (rank, item))
+    for rank, tied in enumerate(label.groups):
+        for item in tied:
+            earlier = place.setdefault(texts[item], (rank, item))
             if earlier[0] != rank:
                 raise identical(earlier[1], item)
 
 
 def identical(first: int, second: int) -> RowProblem:
     """Return the problem of a strict preference between equal texts."""
-    where = "chosen/rejected" if (first, second) in ((0, 1), (1, 0)) else "completions"
     problem = f"items {first} and {second} are identical, but one is called better"
-    return RowProblem(where, problem, "different texts, or a tie", "remove the row")
+    return RowProblem("completions", problem, "different texts, or a tie", "remove the row")

@@ -1,7 +1,8 @@
-"""Rows out of files: JSON lines, JSON arrays, Parquet and CSV (each but Parquet also as `.gz`), every row with its place.
+"""Rows out of files: JSON lines, JSON arrays, Parquet and CSV (all but Parquet also as `.gz`), each with its place.
 
 A row that cannot be read becomes a `RowError` and the next one is read; a file that is damaged as a whole (cut off,
-not UTF-8, no Parquet) raises `InputError`, because what follows the damage is lost and no choice of the user brings it back.
+not UTF-8, no Parquet) raises `InputError`, because what follows the damage is lost and no choice of the user brings
+it back.
 """
 
 import csv
@@ -25,14 +26,15 @@ MAX_SHOWN_CHARACTERS = 60
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 # CSV has text only: cells of these columns are read as JSON where they are JSON, all others stay text.
 JSON_COLUMNS = frozenset(
-    "messages completions ranking ranks conversations info summaries instances choice preference p_first_better p_chosen "
-    "label rank deleted review_result replies seconds_spent annotator1 annotator2 annotator3 order_shown".split()
+    {"messages", "completions", "ranking", "ranks", "conversations", "info", "summaries", "instances", "choice", "rank"}
+    | {"preference", "p_first_better", "p_chosen", "label", "deleted", "review_result", "replies"}
+    | {"annotator1", "annotator2", "annotator3"}
 )
 MESSAGE_COLUMNS = frozenset({"prompt", "completion", "chosen", "rejected"})
 
 
 class Row(NamedTuple):
-    """One object of a file: where it stands ("file:line", or "file:row n" in Parquet), its fields, and the file's date."""
+    """One object of a file: its place ("file:line", or "file:row n" in Parquet), its fields, and the file's date."""
 
     place: str
     fields: dict[str, Any]
@@ -93,7 +95,9 @@ def list_files(path: Path | str | Sequence[Path | str]) -> FileList:
         elif not one.is_file():
             raise InputError(f"{one}: no such file or folder; check the path")
         elif not suffix_of(one):
-            raise InputError(f"{one}: unknown kind of file; expected a name that ends with one of {', '.join(SUFFIXES)}")
+            raise InputError(
+                f"{one}: unknown kind of file; expected a name that ends with one of {', '.join(SUFFIXES)}"
+            )
         else:
             files.append(one)
     twice = [file for file in files if files.count(file) > 1]
@@ -128,7 +132,9 @@ def read_rows(file: Path) -> Iterator[Row | RowError]:
             elif isinstance(value, dict):
                 yield Row(place, value, written_at)
             else:
-                yield RowError(place, "row", f"{shown(value)}", "one object with named fields", "repair or remove the row")
+                yield RowError(
+                    place, "row", f"{shown(value)}", "one object with named fields", "repair or remove the row"
+                )
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{file}: damaged gzip file ({error}); expected a whole file; copy it again") from error
     except pyarrow.ArrowException as error:
@@ -140,7 +146,7 @@ def read_rows(file: Path) -> Iterator[Row | RowError]:
 
 
 def read_json_file(file: Path, suffix: str) -> Iterator[tuple[str, Any]]:
-    """Yield (place, value) of a JSON array, of a single pretty-printed object, or of JSON lines; the content decides."""
+    """Yield (place, value) of a JSON array, of one pretty-printed object, or of JSON lines; the content decides."""
     with open_bytes(file) as data:
         start = data.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if start == b"[":
@@ -176,7 +182,9 @@ def read_json_array(file: Path) -> Iterator[tuple[str, Any]]:
         try:
             value, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{place}: not JSON ({json_reason(error)}); expected an array of objects; repair it here") from error
+            raise InputError(
+                f"{place}: not JSON ({json_reason(error)}); expected an array of objects; repair it here"
+            ) from error
         yield place, value
         position, first = skip_space(text, end), False
         if text[position : position + 1] not in (",", "]"):
@@ -184,7 +192,9 @@ def read_json_array(file: Path) -> Iterator[tuple[str, Any]]:
             raise InputError(f"{file}:{line}: not JSON (neither ',' nor ']' after an element); the file may be cut off")
     if text[skip_space(text, position + 1) :]:
         line += text.count("\n", counted, position)
-        raise InputError(f"{file}:{line}: text after the end of the JSON array; expected one array, or one object a line")
+        raise InputError(
+            f"{file}:{line}: text after the end of the JSON array; expected one array, or one object a line"
+        )
 
 
 def read_csv(file: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
@@ -207,11 +217,16 @@ def read_csv(file: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
                     continue
                 if len(cells) != len(header):
                     problem = f"{len(cells)} cells under a header of {len(header)}"
-                    yield place, RowError(place, "row", problem, "one cell a column", "quote cells that hold the delimiter")
+                    yield (
+                        place,
+                        RowError(place, "row", problem, "one cell a column", "quote cells that hold the delimiter"),
+                    )
                     continue
                 yield place, {name: csv_value(name, cell) for name, cell in zip(header, cells, strict=True)}
         except csv.Error as error:
-            raise InputError(f"{file}:{reader.line_num}: not CSV ({error}); write the file as JSON lines instead") from error
+            raise InputError(
+                f"{file}:{reader.line_num}: not CSV ({error}); write the file as JSON lines instead"
+            ) from error
 
 
 def csv_value(column: str, cell: str) -> Any:
@@ -219,7 +234,9 @@ def csv_value(column: str, cell: str) -> Any:
     if cell == "":
         return None
     if column in JSON_COLUMNS or (column in MESSAGE_COLUMNS and cell.lstrip().startswith("[{")):
-        value = parse_json(cell.lower().encode() if cell in ("True", "False") else cell.encode("utf-8", "surrogatepass"))
+        value = parse_json(
+            cell.lower().encode() if cell in ("True", "False") else cell.encode("utf-8", "surrogatepass")
+        )
         return cell if isinstance(value, RowProblem) else value
     return cell
 
@@ -277,8 +294,9 @@ def shown(value: object) -> str:
         return f"{str(value).lower()}"
     if isinstance(value, int | float):
         return f"the number {cut(repr(value))}"
-    kinds = {list: "a list", dict: "an object"}
-    return kinds.get(type(value), f"a value of type {type(value).__name__}")
+    if isinstance(value, list):
+        return "a list"
+    return "an object" if isinstance(value, dict) else f"a value of type {type(value).__name__}"
 
 
 def cut(text: str) -> str:

@@ -2,7 +2,7 @@
 
 matplotlib draws with the colours of the light palette; `to_svg` then replaces each of them by a CSS variable
 (`var(--policy, #b8480a)`), so that one figure serves light and dark mode. Text stays text and takes the page's font.
-Ids depend on the drawing only, and metadata, dates and namespace addresses are removed: the same data give the same bytes.
+Ids depend on the drawing only; metadata, dates and namespace addresses are removed: the same data give the same bytes.
 """
 
 import io
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from qinglan.core.files import hash_of
 
-WIDTH = 460
+WIDTH = 400
 """Width of a figure in CSS pixels: two stand side by side on a desk, and one on a phone stays legible."""
 
 

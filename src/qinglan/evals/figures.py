@@ -4,31 +4,27 @@ Every estimate is drawn with its 95% interval, every model has one colour and on
 where they end instead of in a legend. What was not measured is written as such, never drawn as zero.
 """
 
-from collections.abc import Mapping, Sequence
-from textwrap import shorten, wrap
+from collections.abc import Iterable, Mapping, Sequence
+from textwrap import shorten
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 
 from qinglan.core.run import Measure
-from qinglan.evals.drawing import MARKERS, WIDTH, Canvas, canvas, ink, series_colours, to_svg
-from qinglan.evals.formatting import (
-    NOT_MEASURED,
-    is_finite,
-    is_percent,
-    write_interval,
-    write_number,
-    write_value,
-)
+from qinglan.evals import marks
+from qinglan.evals.drawing import WIDTH, Canvas, canvas, ink, series_colours, to_svg
+from qinglan.evals.formatting import NOT_MEASURED, is_finite, is_percent, write_number, write_value
+from qinglan.evals.metrics import Bin
 
 SUBLINE = 16
-"""Height of one dot's line inside a row, in pixels."""
+"""Height of one dot's line inside a row of several, in pixels."""
+ROW = 42
+"""Height of a row with one dot, its value and its interval, in pixels."""
 
 
 class DotRow(NamedTuple):
-    """One row of a dot-and-interval chart: a use case, a task or a model, with one dot for each series."""
+    """One row of a dot-and-interval chart: a use case, a task or a comparison, with one dot for each series (model)."""
 
     label: str
     dots: Mapping[str, Measure]
@@ -38,6 +34,7 @@ class ScoreCurve(NamedTuple):
     """Proxy or gold score against the distance sqrt(KL) from the starting policy, with points of a fitted curve."""
 
     name: str
+    """ "proxy" or "gold"; the turning point of the gold fit is marked."""
     distances: Sequence[float]
     """sqrt of KL in nats per completion, ascending."""
     scores: Sequence[Measure]
@@ -45,15 +42,8 @@ class ScoreCurve(NamedTuple):
     """(distance, score) along the fit, or nothing."""
 
 
-class ReliabilityBin(NamedTuple):
-    """Pairs whose predicted probability fell into one bin; `observed` holds the share that came true and its n."""
-
-    predicted: float
-    observed: Measure
-
-
 class Line(NamedTuple):
-    """One line of a panel; `low` and `high` draw a band."""
+    """One line of a panel; `low` and `high` draw a band. None and NaN leave a hole."""
 
     name: str
     steps: Sequence[float]
@@ -72,376 +62,271 @@ class Panel(NamedTuple):
     """Draws a dotted level, such as the target KL."""
 
 
-def dot_rows(
-    rows: Sequence[DotRow],
-    *,
-    unit: str = "",
-    reference: float | None = None,
-    reference_label: str = "",
-    width: float = WIDTH,
-) -> str:
-    """Return rows of dots with intervals: headline rows, gold score by use case, win rates with a line at one half."""
-    return _rows_chart(rows, unit, reference, reference_label, width, before="")
+def headline_rows(rows: Mapping[str, Measure], names: Mapping[str, str], *, width: float = 560) -> str:
+    """Return the rows that head every report: floor, student, ceiling, and how much of the gap the student recovered.
 
-
-def before_after(rows: Sequence[DotRow], before: str, *, unit: str = "", width: float = WIDTH) -> str:
-    """Return rows in which the series `before` is a band that the others are compared with (alignment tax)."""
-    return _rows_chart(rows, unit, None, "", width, before=before)
-
-
-def agreement_bars(
-    measures: Mapping[str, Measure], *, unit: str = "rate", chance: float | None = 0.5, width: float = WIDTH
-) -> str:
-    """Return horizontal bars with intervals, from zero, with a line at what chance gives."""
-    left, top, step = 168.0, 20.0, 32.0
-    height = top + step * max(1, len(measures)) + 28
-    with canvas(width, height) as sheet:
-        axes = sheet.axes(left, top, width - left - 104, step * max(1, len(measures)))
-        ends = [v for m in measures.values() for v in (m.value, m.high) if v is not None and is_finite(v)]
-        axes.set_xlim(0, max([1.0 if is_percent(unit) else 0.0, *ends]) or 1.0)
-        axes.set_ylim(len(measures) or 1, 0)
-        _value_axis(axes, unit)
-        colours = series_colours(list(measures))
-        for place, (name, measure) in enumerate(measures.items()):
+    `rows` has the keys of `Report.rows`, and further ones by name; `names` says who stands in each. The last line runs
+    from floor to ceiling and is filled up to the student.
+    """
+    shown = {key: row for key, row in rows.items() if key != "gap_recovered"}
+    gap = rows.get("gap_recovered")
+    unit = _unit_of(shown.values())
+    labels = [names.get(key, key) for key in shown] + ([names.get("gap_recovered", "gap recovered")] if gap else [])
+    step, top, left = 54.0, 6.0, marks.label_width(labels, width)
+    with canvas(width, top + step * len(labels) + 24) as sheet:
+        axes = sheet.axes(left, top, width - left - 104, step * len(labels))
+        axes.set_xlim(*marks.value_limits(list(shown.values()), None, unit))
+        axes.set_ylim(len(labels), 0)
+        marks.value_axis(axes, unit)
+        colours = series_colours(list(shown))
+        for place, (key, row) in enumerate(shown.items()):
             middle = top + step * (place + 0.5)
-            _row_label(sheet, name, left, middle)
-            if measure.value is not None and is_finite(measure.value):
-                colour = ink(colours[name])
-                axes.barh(place + 0.5, measure.value, height=0.46, color=colour, alpha=0.28, linewidth=0)
-                _interval(axes, measure, place + 0.5, colours[name])
-            _value_column(sheet, measure, width, middle, "ink")
-        if chance is not None:
-            _level(sheet, axes, chance, "chance", top)
+            marks.row_label(sheet, labels[place], middle, emphasis=key == "student")
+            marks.interval_dot(axes, row, place + 0.5, colours[key], size=10)
+            marks.value_column(sheet, row, middle, colours[key], size=17)
+        if gap is not None:
+            marks.gap_bar(axes, shown, len(shown) + 0.5, colours)
+            marks.row_label(sheet, labels[-1], top + step * (len(shown) + 0.5))
+            marks.value_column(sheet, gap, top + step * (len(shown) + 0.5), "ink", size=17, absent=NOT_MEASURED)
         return to_svg(sheet)
 
 
-def overoptimization(curves: Sequence[ScoreCurve], *, unit: str = "", width: float = WIDTH) -> str:
-    """Return scores against sqrt(KL) with their fits (Gao et al. 2022); the gold fit's inner peak is marked."""
-    height = 270.0
+def dot_rows(
+    rows: Sequence[DotRow], *, reference: float | None = None, reference_label: str = "", width: float = WIDTH
+) -> str:
+    """Return rows of dots with intervals: gold score by use case and model, or win rates with a line at one half."""
+    return _rows_chart(rows, reference, reference_label, width, before="")
+
+
+def before_after(rows: Sequence[DotRow], before: str, *, width: float = WIDTH) -> str:
+    """Return rows in which the series `before` is a band that the others are compared with (alignment tax)."""
+    return _rows_chart(rows, None, "", width, before=before)
+
+
+def _rows_chart(
+    rows: Sequence[DotRow], reference: float | None, reference_label: str, width: float, before: str
+) -> str:
+    """Draw rows of dots; with one series each row is one line, else each series has its own line inside the row."""
+    names = list(dict.fromkeys(name for row in rows for name in row.dots))
+    drawn = [name for name in names if name != before]
+    unit = _unit_of(measure for row in rows for measure in row.dots.values())
+    step = ROW if len(drawn) <= 1 else SUBLINE * len(drawn) + 12.0
+    top, left = 26.0 if reference_label or before else 6.0, marks.label_width([row.label for row in rows], width)
+    value_width, tall = 104.0 if len(drawn) <= 1 else 60.0, step * max(1, len(rows))
+    with canvas(width, top + tall + 24) as sheet:
+        axes = sheet.axes(left, top, width - left - value_width, tall)
+        axes.set_xlim(*marks.value_limits([m for row in rows for m in row.dots.values()], reference, unit))
+        axes.set_ylim(tall, 0)
+        marks.value_axis(axes, unit)
+        colours, unnamed = series_colours(names), set(drawn) if len(names) > 1 else set()
+        for place, row in enumerate(rows):
+            middle = step * (place + 0.5)
+            if place:
+                axes.axhline(step * place, color=ink("rule"), linewidth=0.8)
+            marks.row_label(sheet, row.label, top + middle)
+            if before in row.dots:
+                marks.band(axes, row.dots[before], step * place + 5, step * (place + 1) - 5, colours[before])
+            for order, name in enumerate(drawn):
+                if name not in row.dots:
+                    continue
+                line, measure = middle + SUBLINE * (order - (len(drawn) - 1) / 2), row.dots[name]
+                marks.interval_dot(axes, measure, line, colours[name])
+                if len(drawn) == 1:
+                    marks.value_column(sheet, measure, top + line, colours[name])
+                elif is_finite(measure.value):
+                    sheet.text(width, top + line, write_value(measure), colours[name], ha="right", fontsize=11)
+                if name in unnamed and is_finite(measure.value):
+                    marks.name_dot(axes, measure, line, name, colours[name])
+                    unnamed.discard(name)
+        if reference is not None:
+            marks.level(sheet, axes, reference, reference_label, top)
+        if before:
+            sheet.text(left, 10, f"upright line: {before}", colours.get(before, "base"), fontsize=11)
+        if not rows:
+            marks.say_not_measured(sheet)
+        return to_svg(sheet)
+
+
+def agreement_bars(measures: Mapping[str, Measure], *, chance: float | None = 0.5, width: float = WIDTH) -> str:
+    """Return horizontal bars from zero with intervals, and a line at what chance gives."""
+    unit = _unit_of(measures.values())
+    top, left = 26.0 if chance is not None else 6.0, marks.label_width(list(measures), width)
+    tall = float(ROW * max(1, len(measures)))
+    with canvas(width, top + tall + 24) as sheet:
+        axes = sheet.axes(left, top, width - left - 104, tall)
+        ends = [v for m in measures.values() for v in (m.value, m.high) if v is not None and is_finite(v)]
+        axes.set_xlim(0, max([1.0 if is_percent(unit) else 0.0, *ends]) or 1.0)
+        axes.set_ylim(len(measures) or 1, 0)
+        marks.value_axis(axes, unit)
+        for place, (name, measure) in enumerate(measures.items()):
+            colour = "ceiling" if name.startswith("labeler") else "proxy" if name.startswith("reward") else "base"
+            middle = top + ROW * (place + 0.5)
+            marks.row_label(sheet, name, middle)
+            if measure.value is not None and is_finite(measure.value):
+                axes.barh(place + 0.5, measure.value, height=0.42, color=ink(colour), alpha=0.25, linewidth=0)
+            marks.interval_dot(axes, measure, place + 0.5, colour)
+            marks.value_column(sheet, measure, middle, colour)
+        if chance is not None:
+            marks.level(sheet, axes, chance, "chance", top)
+        if not measures:
+            marks.say_not_measured(sheet)
+        return to_svg(sheet)
+
+
+def overoptimization(curves: Sequence[ScoreCurve], *, width: float = WIDTH) -> str:
+    """Return scores against sqrt(KL) with their fits (Gao et al. 2022); where the gold fit turns down is marked."""
+    height, unit = 270.0, _unit_of(score for curve in curves for score in curve.scores)
     with canvas(width, height) as sheet:
-        axes = sheet.axes(46, 24, width - 46 - 76, height - 24 - 44)
+        axes = sheet.axes(40, 24, width - 40 - 56, height - 24 - 44)
         colours = series_colours([curve.name for curve in curves])
         ends: list[tuple[float, float, str, str]] = []
         for curve in curves:
             colour = colours[curve.name]
             for distance, score in zip(curve.distances, curve.scores, strict=True):
-                _point(axes, distance, score, colour)
+                marks.interval_point(axes, distance, score, colour)
             line = curve.fitted or [(d, s.value) for d, s in zip(curve.distances, curve.scores, strict=True)]
             finite = [(d, s) for d, s in line if s is not None and is_finite(s)]
             if finite:
                 style = "-" if curve.fitted else ":"
                 axes.plot(*zip(*finite, strict=True), color=ink(colour), linewidth=1.8, linestyle=style)
                 ends.append((finite[-1][0], finite[-1][1], curve.name, colour))
-            if curve.name == "gold" and curve.fitted:
-                _mark_peak(axes, finite)
+            if curve.name == "gold" and curve.fitted and finite:
+                marks.mark_peak(axes, finite, colour)
         if not ends:
-            _say_not_measured(sheet)
+            axes.set_axis_off()
+            marks.say_not_measured(sheet)
             return to_svg(sheet)
         axes.margins(x=0.03, y=0.12)
         axes.set_xlim(left=0)
-        _frame(axes, unit)
-        _end_labels(axes, ends)
-        sheet.text(0, 10, f"score{_in_unit(unit)}", "muted", fontsize=11)
-        sheet.text(46, height - 8, "√KL from the starting policy (√nats per completion)", "muted", fontsize=11)
+        marks.frame(axes, unit, num_ticks=5)
+        marks.name_ends(axes, ends)
+        sheet.text(
+            0,
+            10,
+            f"score ({unit})" if unit not in ("", "score") and not is_percent(unit) else "score",
+            "muted",
+            fontsize=11,
+        )
+        sheet.text(40, height - 8, "√KL from the starting policy (√nats per completion)", "muted", fontsize=11)
         return to_svg(sheet)
 
 
-def reliability(bins: Sequence[ReliabilityBin], *, width: float = WIDTH) -> str:
-    """Return predicted against observed probability, with the count of each bin below."""
-    height = 340.0
+def reliability(bins: Sequence[Bin], *, counted: str = "pairs", width: float = WIDTH) -> str:
+    """Return predicted against observed probability, with the number of `counted` in each bin below.
+
+    The axes begin at one half if no bin lies below it, as for the side that the scores prefer.
+    """
+    height, largest = 340.0, max((b.observed.n for b in bins), default=0)
+    lowest = 0.5 if bins and min(b.low for b in bins) >= 0.5 else 0.0
     with canvas(width, height) as sheet:
-        axes = sheet.axes(50, 24, width - 70, 210)
-        counts = sheet.axes(50, 246, width - 70, 48)
+        axes, counts = sheet.axes(44, 24, width - 64, 210), sheet.axes(44, 246, width - 64, 48)
         for part in (axes, counts):
-            part.set_xlim(0, 1)
-            part.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.0f}%"))
-        axes.set_ylim(-0.02, 1.02)
-        axes.plot([0, 1], [0, 1], color=ink("muted"), linewidth=1, linestyle=(0, (3, 3)))
-        axes.text(0.97, 0.90, "perfect", color=ink("muted"), fontsize=11, ha="right")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f}%"))
+            part.set_xlim(lowest, 1)
+            part.xaxis.set_major_formatter(FuncFormatter(lambda x, _: marks.tick(x, "rate")))
+        bottom = marks.value_limits([b.observed for b in bins], lowest, "rate")[0]
+        axes.set_ylim(min(bottom, lowest - 0.02), 1.02)
+        axes.plot([0, 1], [0, 1], color=ink("muted"), linewidth=1, linestyle=marks.DASHED)
+        axes.text(0.98, 0.05, "dashed: perfect calibration", color=ink("muted"), fontsize=11, ha="right")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: marks.tick(y, "rate")))
         axes.grid(color=ink("rule"), linewidth=0.8)
         axes.tick_params(labelbottom=False)
-        largest = max((b.observed.n for b in bins), default=0)
         for group in bins:
-            _point(axes, group.predicted, group.observed, "proxy")
-            counts.bar(group.predicted, group.observed.n, width=0.055, color=ink("proxy"), alpha=0.28, linewidth=0)
-            if group.observed.n:
-                spot = (group.predicted, group.observed.n)
-                label = write_number(group.observed.n)
-                counts.annotate(label, spot, (0, 3), textcoords="offset points", ha="center", fontsize=10, color=ink("muted"))
+            marks.interval_point(axes, group.mean_predicted, group.observed, "proxy")
+            middle, wide = (group.low + group.high) / 2, 0.8 * (group.high - group.low)
+            counts.bar(middle, group.observed.n, width=wide, color=ink("proxy"), alpha=0.28, linewidth=0)
+            if group.observed.n and len(bins) <= 12:
+                label, spot = write_number(group.observed.n), (middle, group.observed.n)
+                style = {"textcoords": "offset points", "ha": "center", "fontsize": 10, "color": ink("muted")}
+                counts.annotate(label, spot, (0, 3), **style)
         counts.set_ylim(0, 1.45 * largest or 1)
         counts.set_yticks([])
         if largest == 0:
-            _say_not_measured(sheet)
-        sheet.text(0, 10, "observed: share of pairs where labelers agreed with the model", "muted", fontsize=11)
-        sheet.text(0, 282, "pairs", "muted", fontsize=11)
-        sheet.text(50, height - 10, "predicted probability that the first completion is better", "muted", fontsize=11)
+            marks.say_not_measured(sheet)
+        sheet.text(0, 10, "observed share, with 95% interval", "muted", fontsize=11)
+        sheet.text(0, 282, counted, "muted", fontsize=11)
+        sheet.text(44, height - 10, "predicted probability", "muted", fontsize=11)
         return to_svg(sheet)
 
 
-def accuracy_by_gap(
-    bins: Sequence[tuple[str, Measure]], *, agreement: Measure | None = None, width: float = WIDTH
-) -> str:
-    """Return the reward model's pair accuracy by score gap (labels such as "0 to 0.5"), with the labelers' agreement."""
-    height = 270.0
+def accuracy_by_gap(bins: Mapping[str, Measure], *, agreement: Measure | None = None, width: float = WIDTH) -> str:
+    """Return the reward model's pair accuracy by score gap ("0 to 0.5", ...), with the labelers' agreement."""
+    height, count = 270.0, len(bins)
     with canvas(width, height) as sheet:
-        right = 84 if agreement is not None else 24
-        axes = sheet.axes(46, 24, width - 46 - right, height - 24 - 62)
-        for place, (_, measure) in enumerate(bins):
-            _point(axes, place, measure, "proxy")
-        measured = [m for _, m in bins if is_finite(m.value)]
+        axes = sheet.axes(44, 24, width - 44 - (60 if agreement is not None else 20), height - 24 - 62)
+        measured = [m for m in bins.values() if is_finite(m.value)]
         if not measured:
-            _say_not_measured(sheet)
+            axes.set_axis_off()
+            marks.say_not_measured(sheet)
             return to_svg(sheet)
-        lows = [m.low if m.low is not None else m.value for m in measured]
-        axes.set_ylim(min(0.45, *(low for low in lows if low is not None and is_finite(low)), 0.45) - 0.03, 1.03)
-        axes.set_xlim(-0.5, len(bins) - 0.5)
-        axes.axhline(0.5, color=ink("muted"), linewidth=1, linestyle=(0, (3, 3)))
-        axes.text(len(bins) - 0.52, 0.505, "chance", color=ink("muted"), fontsize=11, ha="right", va="bottom")
+        for place, measure in enumerate(bins.values()):
+            marks.interval_point(axes, place, measure, "proxy")
+        axes.set_ylim(marks.value_limits(measured, 0.45, "rate")[0], 1.02)
+        axes.set_xlim(-0.5, count - 0.5)
+        axes.axhline(0.5, color=ink("muted"), linewidth=1.2, linestyle=marks.DASHED)
+        axes.text(count - 0.52, 0.505, "chance", color=ink("muted"), fontsize=11, ha="right", va="bottom")
         if agreement is not None and agreement.value is not None and is_finite(agreement.value):
-            if agreement.low is not None and agreement.high is not None:
+            if marks.has_interval(agreement):
                 axes.axhspan(agreement.low, agreement.high, color=ink("ceiling"), alpha=0.14, linewidth=0)
             axes.axhline(agreement.value, color=ink("ceiling"), linewidth=1.4)
-            _end_labels(axes, [(len(bins) - 0.5, agreement.value, "labelers\nagree", "ceiling")])
+            marks.name_ends(axes, [(count - 0.5, agreement.value, "labelers\nagree", "ceiling")])
         axes.grid(axis="y", color=ink("rule"), linewidth=0.8)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f}%"))
-        ticks = [f"{label}\nn={write_number(m.n)}" for label, m in bins]
-        axes.set_xticks(range(len(bins)), ticks, fontsize=10.5 if len(bins) <= 6 else 9)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: marks.tick(y, "rate")))
+        ticks = [f"{label}\nn={write_number(m.n)}" for label, m in bins.items()]
+        axes.set_xticks(range(count), ticks, fontsize=10.5 if count <= 6 else 9)
         sheet.text(0, 10, "pairs ordered as the labelers did", "muted", fontsize=11)
-        sheet.text(46, height - 10, "difference of the two scores (logits)", "muted", fontsize=11)
+        sheet.text(44, height - 10, "difference of the two scores (logits)", "muted", fontsize=11)
         return to_svg(sheet)
 
 
 def training_curves(panels: Sequence[Panel], *, xlabel: str = "iteration", width: float = WIDTH) -> str:
     """Return small charts of lines over steps, two beside each other: KL, score, gold, entropy, length, losses."""
     columns = min(2, len(panels)) or 1
-    cell_width, cell_height = (width - 22 * (columns - 1)) / columns, 146.0 if columns > 1 else 210.0
+    cell_width, cell_height = (width - 24 * (columns - 1)) / columns, 158.0 if columns > 1 else 220.0
     num_rows = -(-len(panels) // columns) or 1
-    with canvas(width, num_rows * (cell_height + 10) + 18) as sheet:
+    with canvas(width, num_rows * (cell_height + 12) + 12) as sheet:
         for place, panel in enumerate(panels):
-            left = (place % columns) * (cell_width + 22)
-            top = (place // columns) * (cell_height + 10)
+            left, top = (place % columns) * (cell_width + 24), (place // columns) * (cell_height + 12)
             _panel(sheet, panel, left, top, cell_width, cell_height)
         if not panels:
-            _say_not_measured(sheet)
-        sheet.text(width, sheet.height - 8, xlabel, "muted", fontsize=11, ha="right")
+            marks.say_not_measured(sheet)
+        sheet.text(34, sheet.height - 7, xlabel, "muted", fontsize=11)
         return to_svg(sheet)
 
 
 def _panel(sheet: Canvas, panel: Panel, left: float, top: float, width: float, height: float) -> None:
-    title = shorten(panel.title, 34, placeholder="…")
-    sheet.text(left, top + 10, title, fontweight="bold")
-    if panel.unit and not is_percent(panel.unit):
-        sheet.text(left + 7.4 * len(title) + 8, top + 10, panel.unit, "muted", fontsize=11)
+    sheet.text(left, top + 10, shorten(panel.title, int(width / 7.2), placeholder="…"), fontweight="bold")
+    sheet.text(left, top + 26, "" if is_percent(panel.unit) else panel.unit, "muted", fontsize=11)
     longest = max((len(line.name) for line in panel.lines), default=0) if len(panel.lines) > 1 else 5
-    margin = min(90.0, 10 + 6.6 * longest)
-    axes = sheet.axes(left + 34, top + 26, width - 34 - margin, height - 26 - 20)
+    axes = sheet.axes(left + 34, top + 40, width - 34 - min(90.0, 10 + 6.6 * longest), height - 40 - 20)
     colours = series_colours([line.name for line in panel.lines])
     ends: list[tuple[float, float, str, str]] = []
     for line in panel.lines:
-        values = np.array([np.nan if v is None else v for v in line.values], dtype=float)
+        values, colour = _numbers(line.values), colours[line.name]
         if line.low is not None and line.high is not None:
-            low, high = (np.array([np.nan if v is None else v for v in b], dtype=float) for b in (line.low, line.high))
-            axes.fill_between(line.steps, low, high, color=ink(colours[line.name]), alpha=0.16, linewidth=0)
+            axes.fill_between(
+                line.steps, _numbers(line.low), _numbers(line.high), color=ink(colour), alpha=0.16, linewidth=0
+            )
         finite = np.flatnonzero(np.isfinite(values))
         if finite.size:
-            marker = "o" if finite.size == 1 else None
-            axes.plot(line.steps, values, color=ink(colours[line.name]), linewidth=1.8, marker=marker)
+            axes.plot(line.steps, values, color=ink(colour), linewidth=1.8, marker="o" if finite.size == 1 else None)
             last = float(values[finite[-1]])
             name = line.name if len(panel.lines) > 1 else write_number(last, panel.unit)
-            ends.append((float(line.steps[finite[-1]]), last, name, colours[line.name]))
+            ends.append((float(line.steps[finite[-1]]), last, name, colour))
     if not ends:
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.text(0.5, 0.5, NOT_MEASURED, color=ink("muted"), ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, NOT_MEASURED, color=ink("muted"), ha="center", style="italic", transform=axes.transAxes)
         return
     if panel.reference is not None:
-        axes.axhline(panel.reference, color=ink("muted"), linewidth=1, linestyle=(0, (1, 3)))
+        axes.axhline(panel.reference, color=ink("muted"), linewidth=1.2, linestyle=marks.DOTTED)
     axes.margins(x=0.02, y=0.12)
-    _frame(axes, panel.unit, num_ticks=3)
-    _end_labels(axes, ends)
+    marks.frame(axes, panel.unit, num_ticks=3)
+    marks.name_ends(axes, ends)
 
 
-def _rows_chart(
-    rows: Sequence[DotRow], unit: str, reference: float | None, reference_label: str, width: float, before: str
-) -> str:
-    """Draw rows of dots; with one series each row is one line, else each series has its own line inside the row."""
-    names = list(dict.fromkeys(name for row in rows for name in row.dots))
-    drawn = [name for name in names if name != before]
-    step = 36.0 if len(drawn) <= 1 else SUBLINE * len(drawn) + 12.0
-    left, top, value_column = (168.0 if width >= WIDTH else 128.0), 26.0, (104.0 if len(drawn) <= 1 else 58.0)
-    height = top + step * max(1, len(rows)) + 26
-    with canvas(width, height) as sheet:
-        axes = sheet.axes(left, top, width - left - value_column, step * max(1, len(rows)))
-        axes.set_xlim(*_limits([m for row in rows for m in row.dots.values()], reference, unit))
-        axes.set_ylim(step * max(1, len(rows)), 0)
-        _value_axis(axes, unit)
-        colours, unnamed = series_colours(names), set(drawn) if len(names) > 1 else set()
-        for place, row in enumerate(rows):
-            middle = step * (place + 0.5)
-            if place:
-                axes.axhline(step * place, color=ink("rule"), linewidth=0.8)
-            _row_label(sheet, row.label, left, top + middle)
-            if before in row.dots:
-                _band(axes, row.dots[before], step * place + 5, step * (place + 1) - 5, colours[before])
-            for order, name in enumerate(drawn):
-                if name not in row.dots:
-                    continue
-                line = middle + SUBLINE * (order - (len(drawn) - 1) / 2)
-                measure = row.dots[name]
-                _interval(axes, measure, line, colours[name])
-                if len(drawn) > 1:
-                    _sub_value(sheet, measure, width, top + line, colours[name])
-                else:
-                    _value_column(sheet, measure, width, top + line, colours[name] if not before else "ink")
-                if name in unnamed and is_finite(measure.value):
-                    _name_dot(axes, measure, line, name, colours[name])
-                    unnamed.discard(name)
-        if reference is not None:
-            _level(sheet, axes, reference, reference_label, top)
-        if before:
-            sheet.text(left, 10, f"│ {before}, with its interval", colours.get(before, "base"), fontsize=11)
-        return to_svg(sheet)
+def _unit_of(measures: Iterable[Measure]) -> str:
+    return next((measure.unit for measure in measures if is_finite(measure.value)), "")
 
 
-def _limits(measures: Sequence[Measure], reference: float | None, unit: str) -> tuple[float, float]:
-    values = [v for m in measures for v in m[:3] if isinstance(v, int | float) and is_finite(v)]
-    values += [reference] if reference is not None else []
-    if not values:
-        return 0.0, 1.0
-    low, high = min(values), max(values)
-    pad = 0.08 * (high - low) or 0.1 * abs(high) or 0.1
-    if is_percent(unit):  # a rate cannot leave [0, 1]; leave room for the dot itself
-        return max(low - pad, -0.02), min(high + pad, 1.02)
-    return low - pad, high + pad
-
-
-def _value_axis(axes: Axes, unit: str) -> None:
-    axes.set_yticks([])
-    axes.grid(axis="x", color=ink("rule"), linewidth=0.8)
-    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x, unit)))
-
-
-def _frame(axes: Axes, unit: str, num_ticks: int = 4) -> None:
-    axes.grid(axis="y", color=ink("rule"), linewidth=0.8)
-    axes.yaxis.set_major_locator(MaxNLocator(num_ticks, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_locator(MaxNLocator(num_ticks, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _tick(y, unit)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x, "")))
-
-
-def _tick(value: float, unit: str) -> str:
-    if is_percent(unit):
-        return f"{round(100 * value, 6):g}%"
-    if abs(value) >= 10_000:
-        return f"{value / 1000:g}k"
-    return f"{round(value, 9):g}".replace("-", "−")
-
-
-def _in_unit(unit: str) -> str:
-    return f" ({unit})" if unit and not is_percent(unit) else ""
-
-
-def _interval(axes: Axes, measure: Measure, y: float, colour: str) -> None:
-    """Draw a dot and its 95% interval on a horizontal line; say so if there is nothing to draw."""
-    if measure.value is None or not is_finite(measure.value):
-        left = axes.get_xlim()[0]
-        axes.text(left, y, f" {NOT_MEASURED}", color=ink("muted"), fontsize=11, va="center", style="italic")
-        return
-    if measure.low is not None and measure.high is not None and is_finite(measure.low) and is_finite(measure.high):
-        axes.plot([measure.low, measure.high], [y, y], color=ink(colour), linewidth=2.4, alpha=0.55, solid_capstyle="round")
-    axes.plot([measure.value], [y], marker=MARKERS[colour], markersize=7.5, color=ink(colour), markeredgewidth=0, clip_on=False)
-
-
-def _point(axes: Axes, x: float, measure: Measure, colour: str) -> None:
-    if measure.value is None or not is_finite(measure.value):
-        return
-    if measure.low is not None and measure.high is not None and is_finite(measure.low) and is_finite(measure.high):
-        axes.plot([x, x], [measure.low, measure.high], color=ink(colour), linewidth=1.6, alpha=0.5, solid_capstyle="round")
-    axes.plot([x], [measure.value], marker=MARKERS[colour], markersize=6, color=ink(colour), markeredgewidth=0, clip_on=False)
-
-
-def _band(axes: Axes, measure: Measure, top: float, bottom: float, colour: str) -> None:
-    if measure.value is None or not is_finite(measure.value):
-        return
-    if measure.low is not None and measure.high is not None:
-        axes.fill_betweenx([top, bottom], measure.low, measure.high, color=ink(colour), alpha=0.2, linewidth=0)
-    axes.plot([measure.value] * 2, [top, bottom], color=ink(colour), linewidth=2, solid_capstyle="butt")
-
-
-def _level(sheet: Canvas, axes: Axes, value: float, label: str, top: float) -> None:
-    """Draw a dashed vertical line with its name above."""
-    axes.axvline(value, color=ink("muted"), linewidth=1.2, linestyle=(0, (3, 3)))
-    if label:
-        low, high = axes.get_xlim()
-        box = axes.get_position()
-        x = (box.x0 + box.width * (value - low) / (high - low)) * sheet.width
-        sheet.text(x, top - 12, label, "muted", fontsize=11, ha="center")
-
-
-def _row_label(sheet: Canvas, label: str, left: float, middle: float) -> None:
-    """Write a row's name right-aligned before the axes, on two lines at most."""
-    lines = wrap(label, max(12, int((left - 14) / 6.9))) or [""]
-    if len(lines) > 2:
-        lines = [lines[0], lines[1][:-1] + "…"]
-    lines = [shorten_word(line, int((left - 14) / 6.4)) for line in lines]
-    for place, line in enumerate(lines):
-        sheet.text(left - 14, middle + 15 * (place - (len(lines) - 1) / 2), line, ha="right")
-
-
-def shorten_word(text: str, max_characters: int) -> str:
-    """Return the text, cut with an ellipsis if it is longer than `max_characters`."""
-    return text if len(text) <= max_characters else text[: max_characters - 1] + "…"
-
-
-def _value_column(sheet: Canvas, measure: Measure, width: float, middle: float, colour: str) -> None:
-    if not is_finite(measure.value):
-        return
-    interval = write_interval(measure)
-    sheet.text(width, middle - (8 if interval else 0), write_value(measure), colour, ha="right", fontweight="bold")
-    sheet.text(width, middle + 8, interval, "muted", ha="right", fontsize=11)
-
-
-def _sub_value(sheet: Canvas, measure: Measure, width: float, middle: float, colour: str) -> None:
-    if is_finite(measure.value):
-        sheet.text(width, middle, write_value(measure), colour, ha="right", fontsize=11)
-
-
-def _name_dot(axes: Axes, measure: Measure, y: float, name: str, colour: str) -> None:
-    """Write the series' name beside its interval, on the side where there is room."""
-    low, high = axes.get_xlim()
-    start, end = (v if v is not None and is_finite(v) else measure.value for v in (measure.low, measure.high))
-    fits_right = end is not None and (high - end) / (high - low) > 0.045 * len(name) + 0.06
-    spot, offset = (end, 9) if fits_right else (start, -9)
-    align = "left" if fits_right else "right"
-    style = {"textcoords": "offset points", "ha": align, "va": "center", "fontsize": 11}
-    axes.annotate(name, (spot, y), (offset, 0), color=ink(colour), annotation_clip=False, **style)
-
-
-def _end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write names right of the lines' last points, pushed apart where they would overlap."""
-    low, high = axes.get_ylim()
-    box = axes.get_position()
-    pixels = box.height * axes.figure.get_size_inches()[1] * 72
-    apart = 14 * (high - low) / pixels
-    placed: list[float] = []
-    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
-        at = max(y, placed[-1] + apart) if placed else y
-        placed.append(at)
-        style = {"textcoords": "offset points", "va": "center", "fontsize": 11}
-        axes.annotate(name, (x, at), (8, 0), color=ink(colour), annotation_clip=False, **style)
-
-
-def _mark_peak(axes: Axes, fitted: Sequence[tuple[float, float]]) -> None:
-    """Mark where the gold fit turns down, if it does inside the measured range."""
-    place = max(range(len(fitted)), key=lambda i: fitted[i][1])
-    if 0 < place < len(fitted) - 1:
-        distance, score = fitted[place]
-        axes.plot([distance], [score], marker="o", markersize=11, color="none", markeredgecolor=ink("gold"), markeredgewidth=1.4)
-        style = {"textcoords": "offset points", "ha": "center", "fontsize": 11, "color": ink("gold")}
-        axes.annotate(f"gold peaks at {write_number(distance)}", (distance, score), (0, 12), **style)
-
-
-def _say_not_measured(sheet: Canvas) -> None:
-    sheet.text(sheet.width / 2, sheet.height / 2, NOT_MEASURED, "muted", ha="center", style="italic")
+def _numbers(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values], dtype=float)

@@ -9,7 +9,9 @@ import math
 from qinglan.core.run import Measure
 
 NOT_MEASURED = "not measured"
-PERCENT_UNITS = frozenset({"rate", "share", "fraction", "proportion", "probability", "accuracy"})
+PERCENT_UNITS = frozenset(
+    {"rate", "win rate", "share", "fraction", "probability", "accuracy", "agreement", "performance gap recovered"}
+)
 
 
 def is_finite(value: float | None) -> bool:
@@ -35,15 +37,16 @@ def write_number(value: float | None, unit: str = "", decimals: int | None = Non
     if is_percent(unit):
         return f"{_plain(100 * value, 1 if decimals is None else decimals)}%"
     if isinstance(value, int):
-        return f"{value:,}"
+        return _plain(value, 0)
     if decimals is None and 0 < abs(value) < 0.001:
-        return f"{value:.1e}"
+        return f"{value:.1e}".replace("-", "−")
     return _plain(value, decimals_for(value) if decimals is None else decimals)
 
 
 def _plain(value: float, decimals: int) -> str:
     text = f"{value:,.{decimals}f}"
-    return text.lstrip("-") if float(text.replace(",", "")) == 0 else text  # no "-0.000"
+    is_zero = float(text.replace(",", "")) == 0  # no "−0.000"
+    return text.lstrip("-") if is_zero else text.replace("-", "−")
 
 
 def write_value(measure: Measure) -> str:
@@ -58,11 +61,6 @@ def write_interval(measure: Measure) -> str:
     decimals = _decimals(measure)
     low, high = (write_number(end, measure.unit, decimals) for end in (measure.low, measure.high))
     return f"[{low}, {high}]".replace("%,", ",").replace("%]", "]")
-
-
-def write_unit(unit: str) -> str:
-    """Return the unit as it stands beside a written value: "%" for rates, otherwise the unit itself."""
-    return "%" if is_percent(unit) else unit
 
 
 def _decimals(measure: Measure) -> int | None:

@@ -24,6 +24,12 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 """Maps weights [B, G], how often each of G groups was drawn, to values [B] or [B, M]."""
 
 
+Values = Sequence[float] | np.ndarray
+"""One number for each item; NaN means "could not be scored"."""
+Groups = Sequence[object] | None
+"""The prompt group of each item; None makes each item its own group."""
+
+
 class Interval(NamedTuple):
     """A 95% interval; both ends are None where there is too little to say."""
 
@@ -31,7 +37,18 @@ class Interval(NamedTuple):
     high: float | None
 
 
-def group_index(groups: Sequence[object] | None, count: int) -> tuple[np.ndarray, int]:
+def scored_items(groups: Groups, *columns: Values) -> tuple[list[np.ndarray], np.ndarray, int]:
+    """Leave out items that are NaN in any column; return columns [n], group numbers [n] and the number of groups G."""
+    arrays = [np.asarray(column, dtype=float) for column in columns]
+    if len({len(array) for array in arrays}) != 1:
+        raise ValueError(f"columns of one item each want equal lengths, got {[len(array) for array in arrays]}")
+    kept = ~np.any([np.isnan(array) for array in arrays], axis=0)
+    kept_groups = None if groups is None else [group for group, keep in zip(groups, kept, strict=True) if keep]
+    index, num_groups = group_index(kept_groups, int(kept.sum()))
+    return [array[kept] for array in arrays], index, num_groups
+
+
+def group_index(groups: Groups, count: int) -> tuple[np.ndarray, int]:
     """Return the group number of each item [count] and the number of groups G; None makes each item its own group."""
     if groups is None:
         return np.arange(count), count
@@ -47,10 +64,13 @@ def sum_by_group(values: np.ndarray, index: np.ndarray, num_groups: int) -> np.n
     return np.bincount(index, weights=values, minlength=num_groups)
 
 
-def resample(statistic: Statistic, num_groups: int, seed: int) -> np.ndarray:
-    """Return `statistic` under 2,000 draws of G groups with replacement: [B] or [B, M]."""
+def resample(statistic: Statistic, num_groups: int, seed: int, width: int = 0) -> np.ndarray:
+    """Return `statistic` under 2,000 draws of G groups with replacement: [B] or [B, M].
+
+    `width` is how many numbers the statistic holds for each draw, where that is more than G.
+    """
     rng = numpy_stream(seed, "bootstrap", num_groups)
-    chunk = max(1, min(NUM_DRAWS, MAX_WEIGHTS // num_groups))
+    chunk = max(1, min(NUM_DRAWS, MAX_WEIGHTS // max(num_groups, width)))
     results = []
     for start in range(0, NUM_DRAWS, chunk):
         size = min(chunk, NUM_DRAWS - start)
@@ -61,7 +81,7 @@ def resample(statistic: Statistic, num_groups: int, seed: int) -> np.ndarray:
 
 
 def percentile_interval(draws: np.ndarray, num_groups: int) -> Interval:
-    """Return the widened percentile interval of bootstrap `draws` [B]; NaN draws (undefined resamples) are passed over."""
+    """Return the widened percentile interval of bootstrap `draws` [B]; NaN draws (undefined) are passed over."""
     draws = draws[~np.isnan(draws)]
     if num_groups < 2 or len(draws) == 0:
         return Interval(None, None)
@@ -71,11 +91,11 @@ def percentile_interval(draws: np.ndarray, num_groups: int) -> Interval:
     return Interval(float(low), float(high))
 
 
-def bootstrap_interval(statistic: Statistic, num_groups: int, seed: int) -> Interval:
+def bootstrap_interval(statistic: Statistic, num_groups: int, seed: int, width: int = 0) -> Interval:
     """Return the 95% interval of a statistic with values [B]; without ends for fewer than two groups."""
     if num_groups < 2:
         return Interval(None, None)
-    return percentile_interval(resample(statistic, num_groups, seed), num_groups)
+    return percentile_interval(resample(statistic, num_groups, seed, width), num_groups)
 
 
 def wilson_interval(rate: float, n: float, z: float = float(norm.ppf(0.5 + CONFIDENCE / 2))) -> Interval:
@@ -86,11 +106,11 @@ def wilson_interval(rate: float, n: float, z: float = float(norm.ppf(0.5 + CONFI
 
 
 def rate_interval(values: np.ndarray, index: np.ndarray, num_groups: int) -> Interval:
-    """Return the interval of a rate from values in {0, 1} [n] in G groups: Wilson's, with the effective number of items.
+    """Return the interval of a rate from values in {0, 1} [n] in G groups: Wilson's, with the effective n.
 
     Items of one group count for less than independent ones: n_eff = p (1 - p) / v, where v is the variance of p by
-    linearisation over groups (Korn and Graubard 1998), never above n. Where every item is alike, v says nothing and each group counts as one item.
-    With groups, Student's t with G - 1 degrees of freedom takes the place of the normal quantile.
+    linearisation over groups (Korn and Graubard 1998), never above n; Student's t with G - 1 degrees of freedom takes
+    the place of the normal quantile. Where every item is alike, v says nothing and each group counts as one item.
     """
     n, rate = len(values), float(values.mean())
     if num_groups == n:

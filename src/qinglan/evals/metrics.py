@@ -1,18 +1,15 @@
 """What is measured, each value with its 95% interval and the number of items it stands on.
 
-Sources: win rates and agreement, InstructGPT section 4 and Stiennon et al. 2020; length control in the spirit of
-AlpacaEval-LC (Dubois et al. 2024); calibration, Guo et al. 2017; performance gap recovered, Burns et al. 2023.
+Sources: win rates and agreement, InstructGPT section 4 and Stiennon et al. 2020; calibration, Guo et al. 2017;
+performance gap recovered, Burns et al. 2023. Win rates at equal lengths are in `length_control.py`.
 
 Throughout, `groups` names the prompt group (user, question) of each item and is what the bootstrap draws again. NaN
 means "could not be scored": such items are left out and do not count in `n`.
-
-Departure from AlpacaEval-LC: no terms for the prompt's difficulty or for each model, as there is one pair of models and
-few prompts; instead each prompt's preference is the mean over judges and orders.
 """
 
 import math
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -21,22 +18,19 @@ from scipy.special import expit
 from qinglan.core.records import Comparison, ComparisonGroup, pairs_of
 from qinglan.core.run import Measure
 from qinglan.evals.intervals import (
+    Groups,
+    Values,
     bootstrap_interval,
-    group_index,
     percentile_interval,
     rate_interval,
     resample,
+    scored_items,
     sum_by_group,
     wilson_interval,
 )
-from qinglan.supervisors.simulated import count_agreement
-
-Values = Sequence[float] | np.ndarray
-Groups = Sequence[object] | None
+from qinglan.supervisors.agreement import count_agreement
 
 NOT_MEASURED = Measure(None, None, None, 0)
-MAX_STEPS = 25
-"""Newton steps of the length-controlled fit; it converges in five to ten."""
 GAP_EDGES = (0.0, 0.5, 1.0, 2.0, 4.0, math.inf)
 """Buckets of the score gap, in logits."""
 
@@ -48,8 +42,7 @@ def mean_with_interval(values: Values, groups: Groups = None, *, seed: int, unit
     Others get the bootstrap over groups; where all of them lie in {0, 0.5, 1} and are the same, Wilson's over groups,
     so that five wins of five are not certainty. One group of other values has no interval.
     """
-    kept, index, num_groups = _kept(groups, np.asarray(values, dtype=float))
-    (kept_values,) = kept
+    (kept_values,), index, num_groups = scored_items(groups, values)
     n = len(kept_values)
     if n == 0:
         return NOT_MEASURED._replace(unit=unit)
@@ -66,7 +59,7 @@ def mean_with_interval(values: Values, groups: Groups = None, *, seed: int, unit
 
 def mean_difference(first: Values, second: Values, groups: Groups = None, *, seed: int, unit: str = "") -> Measure:
     """Return the mean of `first` minus `second`, paired item by item, with the bootstrap over groups."""
-    (a, b), index, num_groups = _kept(groups, np.asarray(first, dtype=float), np.asarray(second, dtype=float))
+    (a, b), index, num_groups = scored_items(groups, first, second)
     if len(a) == 0:
         return NOT_MEASURED._replace(unit=unit)
     sums, counts = sum_by_group(a - b, index, num_groups), sum_by_group(np.ones(len(a)), index, num_groups)
@@ -79,90 +72,13 @@ def win_rate(preferences: Values, groups: Groups = None, *, seed: int) -> Measur
     return mean_with_interval(preferences, groups, seed=seed, unit="win rate")
 
 
-def length_controlled_win_rate(
-    preferences: Values, first_lengths: Values, second_lengths: Values, groups: Groups = None, *, seed: int
-) -> Measure:
-    """Return the win rate that the first side would have at equal lengths.
-
-    Logistic regression of the preference (soft labels allowed) on the length difference (AlpacaEval-LC, without its
-    terms for models and prompts):
-        P(first wins) = sigmoid(a + b * tanh((l_first - l_second) / s)),   s = standard deviation of the differences,
-    fitted by Newton's method with weak normal priors (a: sd 10, b: sd 3) that keep separable data finite. The value is
-    sigmoid(a). Where all preferences are alike, length explains nothing and the raw win rate is returned.
-    """
-    y, x, index, num_groups = _length_differences(preferences, first_lengths, second_lengths, groups)
-    if len(y) == 0 or (y == y[0]).all():
-        return win_rate(y, index.tolist(), seed=seed)
-    features = np.stack([np.ones(len(x)), np.tanh(x)], axis=1)
-    precision = np.array([1 / 10**2, 1 / 3**2])
-
-    def fit(weights: np.ndarray) -> np.ndarray:
-        item_weights = weights[:, index]  # [B, n]
-        coef = np.zeros((len(weights), 2))
-        for _ in range(MAX_STEPS):
-            p = expit(coef @ features.T)
-            gradient = (item_weights * (y - p)) @ features - precision * coef
-            curvature = item_weights * p * (1 - p)  # [B, n]
-            products = features[:, :, None] * features[:, None, :]  # [n, 2, 2]
-            hessian = np.tensordot(curvature, products, axes=1) + np.diag(precision)
-            step = np.clip(np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0], -2.0, 2.0)
-            coef += step
-            if np.abs(step).max() < 1e-6:
-                break
-        return expit(coef[:, 0])
-
-    value = float(fit(np.ones((1, num_groups)))[0])
-    return Measure(value, *bootstrap_interval(fit, num_groups, seed), len(y), "win rate")
-
-
-def length_matched_win_rate(
-    preferences: Values, first_lengths: Values, second_lengths: Values, groups: Groups = None, *, seed: int
-) -> Measure:
-    """Return the win rate when being longer and being shorter weigh the same: no model, but fewer prompts.
-
-    Prompts are put into five buckets by the size of the length difference. In each bucket the win rate is the mean of
-    two: over prompts where the first side is longer, and where it is shorter; prompts of equal lengths are a bucket of
-    their own. Buckets count by their number of prompts; those with one side only have no match and are left out of n.
-    """
-    y, x, index, num_groups = _length_differences(preferences, first_lengths, second_lengths, groups)
-    if len(y) == 0:
-        return NOT_MEASURED._replace(unit="win rate")
-    size = np.abs(x)
-    edges = np.quantile(size[size > 0], [0.2, 0.4, 0.6, 0.8]) if (size > 0).any() else np.zeros(0)
-    bucket = np.where(size == 0, 0, 1 + np.searchsorted(edges, size))
-    # Cells: bucket 0 stands twice, so that its mean of two is its plain win rate.
-    cells = [
-        np.stack([(bucket == b) & (x >= 0) if b else bucket == 0, (bucket == b) & (x < 0) if b else bucket == 0])
-        for b in range(6)
-    ]
-    cell_mask = np.concatenate(cells).astype(float)  # [12, n]: rows 2b (first longer) and 2b + 1 (first shorter)
-    wins = np.stack([sum_by_group(row * y, index, num_groups) for row in cell_mask], axis=1)  # [G, 12]
-    counts = np.stack([sum_by_group(row, index, num_groups) for row in cell_mask], axis=1)
-
-    def matched(weights: np.ndarray) -> np.ndarray:
-        won, total = (weights @ wins).reshape(-1, 6, 2), (weights @ counts).reshape(-1, 6, 2)
-        is_matched = (total > 0).all(axis=2)
-        mass = np.where(is_matched, total.sum(axis=2), 0.0)
-        mass[:, 0] /= 2  # counted twice above
-        with np.errstate(invalid="ignore", divide="ignore"):
-            rates = np.where(is_matched, (won / total).mean(axis=2), 0.0)
-            return (rates * mass).sum(axis=1) / mass.sum(axis=1)
-
-    value = float(matched(np.ones((1, num_groups)))[0])
-    both = np.array([(cell.sum(axis=1) > 0).all() for cell in cells])
-    n = int(both[bucket].sum())
-    if n == 0:
-        return NOT_MEASURED._replace(unit="win rate")
-    return Measure(value, *bootstrap_interval(matched, num_groups, seed), n, "win rate")
-
-
 class PairTable(NamedTuple):
-    """Every pair that labels decide, one entry each; `gaps` are score of the preferred item minus score of the other."""
+    """Every pair that labels decide, one entry each; a gap is the preferred item's score minus the other's."""
 
     gaps: np.ndarray
-    prompt_groups: list[str]
-    sources: list[str]
-    labeler_groups: list[str]
+    prompt_groups: Sequence[str]
+    sources: Sequence[str]
+    labeler_groups: Sequence[str]
 
 
 def scored_pairs(groups: Sequence[ComparisonGroup], scores: Sequence[Sequence[float]]) -> PairTable:
@@ -191,11 +107,12 @@ def pair_accuracy_by(
     table: PairTable, key: Literal["source", "labeler_group", "score_gap"], *, seed: int
 ) -> dict[str, Measure]:
     """Return the pair accuracy for each source, labeler group, or bucket of the absolute score gap (`GAP_EDGES`)."""
+    keys: Sequence[str]
     if key == "score_gap":
-        # NaN sorts last and makes a bucket that no name is given to.
+        names = [f"{low:g} to {high:g}" for low, high in pairwise(GAP_EDGES)]
+        # NaN sorts behind the last edge and gets the name that is not asked for.
         bucket = np.searchsorted(GAP_EDGES, np.abs(table.gaps), side="right") - 1
-        names = [f"{low:g} to {high:g}" for low, high in zip(GAP_EDGES[:-1], GAP_EDGES[1:], strict=True)]
-        keys = [names[b] if b < len(names) else "unscored" for b in bucket]
+        keys = [[*names, "unscored"][b] for b in bucket]
     else:
         keys = table.sources if key == "source" else table.labeler_groups
         names = sorted(set(keys))
@@ -241,7 +158,7 @@ def calibration(
 
     The bootstrap adds noise to each bin and so pushes the ECE up; its interval is shifted back by that amount.
     """
-    (p, y), index, num_groups = _kept(groups, np.asarray(probabilities, dtype=float), np.asarray(outcomes, dtype=float))
+    (p, y), index, num_groups = scored_items(groups, probabilities, outcomes)
     if len(p) == 0:
         return Calibration((), NOT_MEASURED, NOT_MEASURED)
     edges = np.linspace(lowest, 1.0, num_bins + 1)
@@ -299,7 +216,7 @@ def labeler_agreement(comparisons: Sequence[Comparison], *, seed: int) -> Measur
 
 
 class Attainable(NamedTuple):
-    """Between what bounds the accuracy of a perfect predictor of the majority lies, when tested on one labeler's pairs."""
+    """Bounds of the accuracy of a perfect predictor of the majority, tested on the pairs of single labelers."""
 
     at_least: Measure
     at_most: Measure
@@ -315,11 +232,11 @@ def attainable_accuracy(agreement: Measure) -> Attainable:
     """
     if agreement.value is None:
         return Attainable(agreement, agreement)
-    ends = [
+    value, low, high = (
         None if end is None else (1 + math.sqrt(max(0.0, 2 * end - 1))) / 2
         for end in (agreement.value, agreement.low, agreement.high)
-    ]
-    return Attainable(agreement._replace(unit="accuracy"), Measure(*ends, agreement.n, "accuracy"))
+    )
+    return Attainable(agreement._replace(unit="accuracy"), Measure(value, low, high, agreement.n, "accuracy"))
 
 
 def roc_auc(scores: Values, labels: Values, groups: Groups = None, *, seed: int) -> Measure:
@@ -327,7 +244,7 @@ def roc_auc(scores: Values, labels: Values, groups: Groups = None, *, seed: int)
 
     Perfect separation leaves the bootstrap nothing to vary; the interval is then Wilson's over the rarer kind.
     """
-    (s, y), index, num_groups = _kept(groups, np.asarray(scores, dtype=float), np.asarray(labels, dtype=float))
+    (s, y), index, num_groups = scored_items(groups, scores, labels)
     num_positive = int(y.sum())
     if num_positive in (0, len(y)):
         return Measure(None, None, None, len(y), "AUC")
@@ -347,7 +264,7 @@ def roc_auc(scores: Values, labels: Values, groups: Groups = None, *, seed: int)
     if value in (0.0, 1.0):
         interval = wilson_interval(value, min(num_positive, len(y) - num_positive, num_groups))
     else:
-        interval = bootstrap_interval(area, num_groups, seed)
+        interval = bootstrap_interval(area, num_groups, seed, width=4 * len(y))
     return Measure(value, *interval, len(y), "AUC")
 
 
@@ -359,8 +276,7 @@ def performance_gap_recovered(
     Value None, unit "gap too small to measure", where the gap's 95% interval does not lie above `min_gap`: the ratio
     would be noise.
     """
-    arrays = (np.asarray(x, dtype=float) for x in (floor, student, ceiling))
-    (low, middle, top), index, num_groups = _kept(groups, *arrays)
+    (low, middle, top), index, num_groups = scored_items(groups, floor, student, ceiling)
     gap = mean_difference(top, low, index.tolist(), seed=seed)
     if gap.low is None or gap.low <= min_gap:
         return Measure(None, None, None, len(low), "gap too small to measure")
@@ -372,28 +288,6 @@ def performance_gap_recovered(
 
     value = float(gained.sum() / possible.sum())
     return Measure(value, *bootstrap_interval(ratio, num_groups, seed), len(low), "performance gap recovered")
-
-
-def _kept(groups: Groups, *arrays: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, int]:
-    """Leave out items that are NaN in any array; return the arrays, group numbers [n] and the number of groups."""
-    if len({len(array) for array in arrays}) != 1:
-        raise ValueError(f"arrays of one item each want equal lengths, got {[len(array) for array in arrays]}")
-    kept = ~np.any([np.isnan(array) for array in arrays], axis=0)
-    kept_groups = None if groups is None else [group for group, keep in zip(groups, kept, strict=True) if keep]
-    index, num_groups = group_index(kept_groups, int(kept.sum()))
-    return [array[kept] for array in arrays], index, num_groups
-
-
-def _length_differences(
-    preferences: Values, first_lengths: Values, second_lengths: Values, groups: Groups
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Return preferences [n], length differences in units of their standard deviation [n], group numbers, G."""
-    arrays = (np.asarray(x, dtype=float) for x in (preferences, first_lengths, second_lengths))
-    (y, first, second), index, num_groups = _kept(groups, *arrays)
-    difference = first - second
-    # Not centred: zero must stay "equally long".
-    scale = difference.std() if len(difference) else 0.0
-    return y, difference / scale if scale > 0 else np.sign(difference), index, num_groups
 
 
 def _correct(gaps: np.ndarray) -> np.ndarray:

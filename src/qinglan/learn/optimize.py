@@ -122,8 +122,8 @@ def check_finite(value: float, what: str, where: str) -> float:
     """
     if not math.isfinite(value):
         raise InputError(
-            f"{where}: {what} is {value}; expected a finite number; lower the learning rate or check the data, then start "
-            "again (results and checkpoints written so far are kept)"
+            f"{where}: {what} is {value}; expected a finite number; lower the learning rate or check the data, then "
+            "start again (results and checkpoints written so far are kept)"
         )
     return value
 

@@ -4,8 +4,8 @@
     positions   0 1 2 3 | 4 5 6 | 4 5 | 4 5 6 7        they restart after the prompt
     attention   causal, and only to the prompt or to the token's own completion (a tree)
 
-Every completion gets exactly the hidden states that a row of its own would give it, for a fraction of the work: at K = 9,
-with 64 prompt tokens and 25 a completion, 289 tokens stand for 801. It needs a decoder that takes a four-dimensional mask
+Every completion gets the hidden states that a row of its own would give it, for a fraction of the work: at K = 9, with
+64 prompt tokens and 25 a completion, 289 tokens stand for 801. It needs a decoder that takes a four-dimensional mask
 and has no sliding window, since a window counts columns and here columns are not positions; elsewhere the callers use
 separate rows.
 
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -61,10 +61,10 @@ def can_share_prompt(model: PreTrainedModel) -> bool:
     )
 
 
-def make_tree_batch(trees: Sequence[PromptTree], pad_id: int, device: torch.device) -> TreeBatch:
+def make_tree_batch(trees: Sequence[PromptTree], device: torch.device) -> TreeBatch:
     """Return one row for each tree, padded on the right to the longest."""
     width = max(tree.num_tokens for tree in trees)
-    input_ids = torch.full((len(trees), width), pad_id)
+    input_ids = torch.zeros(len(trees), width, dtype=torch.int64)
     position_ids = torch.zeros_like(input_ids)
     branches = torch.full_like(input_ids, -1)  # 0 the prompt, k >= 1 a completion, -1 padding
     ends = []
@@ -81,8 +81,19 @@ def make_tree_batch(trees: Sequence[PromptTree], pad_id: int, device: torch.devi
                 ends.append((row, column - 1))
     is_causal = torch.ones(width, width, dtype=torch.bool).tril()
     same_branch = branches[:, :, None] == branches[:, None, :]
-    # Padding is a branch of its own, so that no row of the softmax is empty; nothing real sees it.
+    # Padding is a branch of its own, so that no softmax is over nothing; no real token sees it.
     may_attend = is_causal & (same_branch | (branches == 0)[:, None, :])
     rows, columns = torch.tensor(ends).unbind(dim=1)
     batch = TreeBatch(input_ids, position_ids, may_attend[:, None], rows, columns)
     return TreeBatch(*(tensor.to(device) for tensor in batch))
+
+
+def end_states(model: PreTrainedModel, batch: TreeBatch) -> Float[Tensor, "S D"]:
+    """Return the trunk's last hidden state at the last token of each completion, tree by tree; gradients flow."""
+    output = model.base_model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.may_attend,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    )
+    return output.last_hidden_state[batch.end_rows, batch.end_columns]

@@ -8,14 +8,13 @@ best after one epoch while people's preference keeps improving), and PPO's *star
 Only the completion's tokens are targets, its end token among them. The loss of an update is the mean over all target
 tokens of the whole optimizer batch, however it is cut into micro-batches.
 
-Departures: AdamW for Adam (the same while weight decay is 0); gradients are clipped. "10% pretraining data" is read as a
-share of the sequences and, because pretraining sequences are all target, also as the weight of their mean in the loss.
+Departures: AdamW for Adam (the same while weight decay is 0); gradients are clipped. "10% pretraining data" is read as
+a share of the sequences and, because pretraining sequences are all target, as the weight of their mean in the loss.
 """
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from pydantic import Field
@@ -28,10 +27,12 @@ from qinglan.core.rng import permutation, stream_seed
 from qinglan.core.run import Stage
 from qinglan.data.batch import make_batches
 from qinglan.learn.dropout import residual_dropout
+from qinglan.learn.encode import encode_completion
 from qinglan.learn.losses import cross_entropy
 from qinglan.learn.optimize import (
     Checkpointer,
     OptimizerConfig,
+    TrainingState,
     check_finite,
     clip_gradients,
     restore_training,
@@ -40,18 +41,18 @@ from qinglan.learn.optimize import (
 )
 from qinglan.models.language_model import (
     LanguageModel,
-    TokenBatch,
     TokenSequence,
     completion_logprobs,
     copy_language_model,
     hidden_states,
     load_language_model,
+    max_context,
     save_language_model,
     target_logprobs,
 )
 
 PretrainSource = Callable[[int, int], list[list[int]]]
-"""`(start, count)` -> the token ids of pretraining sequences number start .. start + count - 1, the same on every call."""
+"""`(start, count)` -> token ids of pretraining sequences number start .. start + count - 1, the same on every call."""
 
 
 class SFTConfig(Config):
@@ -183,15 +184,15 @@ def encode_demonstrations(
     A demonstration that a model sampled keeps its token ids. Nothing is cut: a cut one would lose its end token.
     Raises `InputError` for a completion that does not end in an end token, or if nothing is left.
     """
-    limit = max_length or context_length(lm)
+    limit = max_length or max_context(lm.model)
     kept = []
     for item in demonstrations:
         sequence = encode_completion(lm.chat, item.prompt, item.demonstration)
         if sequence.token_ids[-1] not in lm.chat.end_ids:
             raise InputError(
                 f"{stage}: demonstration {item.demonstration.id}: its last token ({sequence.token_ids[-1]}) is no end "
-                f"token ({sorted(lm.chat.end_ids)}); the model would not learn to stop; leave out completions that were "
-                "cut short, or give text without token ids"
+                f"token ({sorted(lm.chat.end_ids)}); the model would not learn to stop; leave out completions that "
+                "were cut short, or give text without token ids"
             )
         if len(sequence.token_ids) <= limit:
             kept.append(sequence)
@@ -202,11 +203,16 @@ def encode_demonstrations(
         )
     if len(kept) < len(demonstrations):
         left_out = len(demonstrations) - len(kept)
-        print(f"{stage}: {left_out} of {len(demonstrations)} demonstrations left out (over {limit} tokens)", file=sys.stderr)
+        print(
+            f"{stage}: {left_out} of {len(demonstrations)} demonstrations left out (over {limit} tokens)",
+            file=sys.stderr,
+        )
     return kept
 
 
-def check_start(lm: LanguageModel, sequences: Sequence[TokenSequence], config: SFTConfig, stage: str) -> dict[str, float]:
+def check_start(
+    lm: LanguageModel, sequences: Sequence[TokenSequence], config: SFTConfig, stage: str
+) -> dict[str, float]:
     """Check the first batch as the model will see it: every completion's end token is a target.
 
     Returns what is logged at step 0: sequences, target tokens, and the share of rows in which nothing is a target.
@@ -218,13 +224,17 @@ def check_start(lm: LanguageModel, sequences: Sequence[TokenSequence], config: S
             is_taught = bool(batch.target_mask[row, end - 1]) and int(batch.input_ids[row, end - 1]) in lm.chat.end_ids
             if not is_taught:
                 raise InputError(
-                    f"{stage}: the end token of a completion is not among the targets; expected it to be taught; check the "
-                    "chat template and the tokenizer's end token"
+                    f"{stage}: the end token of a completion is not among the targets; expected it to be taught; check "
+                    "the chat template and the tokenizer's end token"
                 )
     has_target = torch.cat([batch.target_mask.any(dim=1) for batch in batches])
     num_targets = sum(int(batch.target_mask.sum()) for batch in batches)
     masked_share = 1.0 - float(has_target.float().mean())
-    return {"start/sequences": len(sequences), "start/target_tokens": num_targets, "start/masked_row_share": masked_share}
+    return {
+        "start/sequences": len(sequences),
+        "start/target_tokens": num_targets,
+        "start/masked_row_share": masked_share,
+    }
 
 
 def _pretraining_mix(
@@ -235,12 +245,12 @@ def _pretraining_mix(
         return lambda step: []
     if pretrain is None:
         raise InputError(
-            f"{stage}: pretrain_fraction is {config.pretrain_fraction}, but there is no pretraining corpus; give one or "
-            "set pretrain_fraction to 0"
+            f"{stage}: pretrain_fraction is {config.pretrain_fraction}, but there is no pretraining corpus; give one "
+            "or set pretrain_fraction to 0"
         )
     ratio = config.pretrain_fraction / (1.0 - config.pretrain_fraction)
     count = max(1, round(config.batch_size * ratio))
-    limit = min(config.max_length or sys.maxsize, context_length(lm))
+    limit = min(config.max_length or sys.maxsize, max_context(lm.model))
 
     def mix(step: int) -> list[TokenSequence]:
         return [TokenSequence(ids[:limit], 1) for ids in pretrain(step * count, count) if len(ids) > 1]
@@ -299,18 +309,19 @@ def accumulate_gradients(
     weights += [fraction / max(pretrain_targets, 1)] * len(pretraining)
     demo_loss = pretrain_loss = 0.0
     for number, batch in enumerate(make_batches(sequences, max_tokens=config.max_tokens, pack=config.pack)):
-        indices = [index for index, *_ in batch.sequence_rows]
-        repeats = [num_targets[index] for index in indices]
-        batch = _to(batch, lm.device.torch_device)
-        with residual_dropout(lm.model, config.dropout, stream_seed(dropout_seed, number)):
-            logprobs = target_logprobs(lm.model, hidden_states(lm.model, batch), batch).logprobs
-        target_weights = torch.tensor([weights[i] for i in indices]).repeat_interleave(torch.tensor(repeats))
+        masks = residual_dropout(lm.model, config.dropout, stream_seed(dropout_seed, number))
+        with masks, lm.device.autocast():
+            hidden = hidden_states(lm.model, batch)
+            logprobs = target_logprobs(lm.model, hidden, batch, with_entropy=False).logprobs
+        indices = [place.original for place in batch.sequence_rows]
+        repeats = torch.tensor(batch.lengths)
+        target_weights = torch.tensor([weights[index] for index in indices]).repeat_interleave(repeats)
         cross_entropy(logprobs, target_weights.to(logprobs)).backward()
-        for index, losses in zip(indices, (-logprobs.detach()).split(repeats), strict=True):
+        for index, values in zip(indices, logprobs.detach().split(batch.lengths), strict=True):
             if index < len(demonstrations):
-                demo_loss += float(losses.sum()) / demo_targets
+                demo_loss -= float(values.sum()) / demo_targets
             else:
-                pretrain_loss += float(losses.sum()) / pretrain_targets
+                pretrain_loss -= float(values.sum()) / pretrain_targets
     loss = (1.0 - fraction) * demo_loss + fraction * pretrain_loss
     return BatchLoss(loss, demo_loss, pretrain_loss if pretrain_targets else None, sum(num_targets))
 
@@ -330,7 +341,9 @@ class Best(NamedTuple):
         """Return the model at hand if it scores higher, else what was best before."""
         if self.score is not None and score <= self.score:
             return self
-        return Best(score, {name: tensor.clone() for name, tensor in training_tensors(lm.model, prefix="best.").items()})
+        return Best(
+            score, {name: tensor.clone() for name, tensor in training_tensors(lm.model, prefix="best.").items()}
+        )
 
     @staticmethod
     def restored(state: TrainingState) -> "Best":

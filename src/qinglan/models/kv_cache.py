@@ -9,6 +9,7 @@ Slots 0..num_live-1 are live, without gaps. A step costs `num_live x width`, whe
 grow by half as the rows grow, and are not given back before the end.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -184,13 +185,20 @@ class SlotCache(Cache):
                 layer.grow(capacity)
             self.index.capacity = capacity
 
-    def prefill(self, input_ids: Int[Tensor, "prompts width"], targets: list[int], sources: list[int]) -> None:
-        """Run right-padded prompts once and copy row `sources[i]` into slot `targets[i]`.
+    def prefill(self, prompts: Sequence[Sequence[int]], targets: Sequence[int], sources: Sequence[int]) -> None:
+        """Run prompts once and copy prompt `sources[i]` into slot `targets[i]`.
 
-        A causal mask is enough: padding stands to the right of every real token, and columns that a row has not
-        reached are masked when it decodes.
+        They are padded on the right, and a causal mask is enough: padding stands behind every real token, and columns
+        that a row has not reached are masked when it decodes.
         """
-        width, device = input_ids.shape[1], input_ids.device
+        device = self.model.device
+        width = max(len(prompt) for prompt in prompts)
+        if width == 0:
+            return
+        input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        for row, prompt in zip(input_ids, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        input_ids = input_ids.to(device)
         self.reserve(width)
         self.index.prefill(torch.tensor(targets, device=device), torch.tensor(sources, device=device), width)
         columns = torch.arange(width, device=device)
@@ -204,7 +212,9 @@ class SlotCache(Cache):
             use_cache=True,
         )
 
-    def decode(self, tokens: Int[Tensor, " live"], positions: Int[Tensor, " live"], width: int) -> Float[Tensor, "live vocab"]:
+    def decode(
+        self, tokens: Int[Tensor, " live"], positions: Int[Tensor, " live"], width: int
+    ) -> Float[Tensor, "live vocab"]:
         """Append one token to each live row and return the logits after it; `width` is the longest row's new length."""
         self.reserve(width)
         self.index.decode(positions, width)
@@ -219,12 +229,11 @@ class SlotCache(Cache):
         )
         return output.logits[:, -1]
 
-    def copy(self, targets: list[int], sources: list[int]) -> None:
-        """Copy slots `sources` over slots `targets` (disjoint)."""
-        if not targets or not self.slot_layers[0].is_initialized:
-            return
-        width = self.index.width
+    def copy(self, targets: Sequence[int], sources: Sequence[int], width: int) -> None:
+        """Copy the first `width` columns of slots `sources` over slots `targets` (disjoint)."""
+        device = self.model.device
+        to, of = torch.tensor(targets, device=device), torch.tensor(sources, device=device)
         for layer in self.slot_layers:
             for buffer in layer.buffers():
                 used = buffer[:, :, :width]
-                used[torch.tensor(targets)] = used[torch.tensor(sources)]
+                used.index_copy_(0, to, used.index_select(0, of))

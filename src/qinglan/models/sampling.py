@@ -54,7 +54,9 @@ def filtered(logits: Float[Tensor, "rows vocab"], top_k: int, top_p: float) -> F
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(-1)
-        outside = probabilities.cumsum(-1) - probabilities >= top_p  # the mass before a token decides, so one always stays
+        outside = (
+            probabilities.cumsum(-1) - probabilities >= top_p
+        )  # the mass before a token decides, so one always stays
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
     return logits
 

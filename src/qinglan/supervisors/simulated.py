@@ -30,8 +30,9 @@ from pydantic import Field
 
 from qinglan.core.config import Config
 from qinglan.core.errors import InputError
-from qinglan.core.records import Comparison, Completion, Prompt, Ranking, Rating, pairs_of, record_id
+from qinglan.core.records import Comparison, Completion, Prompt, Ranking, Rating, record_id
 from qinglan.core.rng import numpy_stream, permutation
+from qinglan.supervisors.agreement import PairAgreement, count_agreement
 
 
 class Attributes(NamedTuple):
@@ -71,12 +72,12 @@ class LabelerConfig(Config):
         ),
         min_length=1,
     )
-    """Groups that labelers come from in turn. InstructGPT's training instructions put helpfulness first (section 3.4)."""
+    """Groups that labelers come from in turn; InstructGPT's training instructions put helpfulness first (3.4)."""
     spread: float = Field(default=0.25, ge=0.0, le=1.0)
     """Relative standard deviation of individuals around every number below and around their group's weights."""
     accuracy: float = Field(default=0.97, ge=0.0, le=1.0)
     """Chance of understanding an item; one that is misunderstood gets a quality drawn from [0, 1]."""
-    noise: float = Field(default=0.11, ge=0.0)
+    noise: float = Field(default=0.125, ge=0.0)
     """Standard deviation of perceived utility, in units of quality."""
     tie_band: float = Field(default=0.06, ge=0.0)
     """Widest difference of perceived utility inside one tie group; ties are encouraged (InstructGPT, section B.3)."""
@@ -114,22 +115,10 @@ class Labeler(NamedTuple):
     seconds_per_item: float
 
 
-class PairAgreement(NamedTuple):
-    """How often two labels order the same two items alike, among pairs that both decide."""
-
-    num_agreeing: int
-    num_decided: int
-
-    @property
-    def rate(self) -> float:
-        """Share of decided pairs that are ordered alike; NaN without any."""
-        return self.num_agreeing / self.num_decided if self.num_decided else math.nan
-
-
 TYPICAL_WORDS = 16
 """Length at which the length bias is zero; it cancels in rankings and matters to ratings only."""
 FLAGS = {"instruction_not_followed": "helpful", "hallucination": "honest", "harmful_advice": "harmless"}
-"""Flags of InstructGPT's Table 3 that the three attributes decide: raised where the attribute looks lower than one half."""
+"""Flags of InstructGPT's Table 3 that an attribute decides: raised where it looks lower than one half."""
 
 
 def make_labelers(count: int, config: LabelerConfig, seed: int, *, held_out: bool = False) -> list[Labeler]:
@@ -205,11 +194,14 @@ def rank(
     """Let a labeler rank the completions of one prompt, shown in a random order unless `order_shown` gives one.
 
     `position` is the number of labels this labeler did before; it decides drift and the draws. Completions whose
-    quality is NaN are left out of the ranking. Raises `InputError` for fewer than two completions or one that stands twice.
+    quality is NaN are left out of the ranking. Raises `InputError` for fewer than two completions, or one that stands
+    twice.
     """
     items = tuple(completion.id for completion in completions)
     if len(set(items)) < max(2, len(items)):
-        raise InputError(f"ranking of prompt {prompt.id}: got completions {items}; expected two or more with different ids")
+        raise InputError(
+            f"ranking of prompt {prompt.id}: got completions {items}; expected two or more with different ids"
+        )
     rng = numpy_stream(seed, "rank", labeler.pseudonym, position, prompt.id, *items)
     count = len(items)
     order = rng.permutation(count).tolist()
@@ -218,8 +210,9 @@ def rank(
     now = drifted(labeler, position)
     is_lazy = rng.random() < now.laziness
     places = np.empty(count)
-    places[order] = np.linspace(0.0, 1.0, count)
-    utilities = _utilities(now, prompt, completions, quality, rng) + now.position_bias * (0.5 - places)
+    places[order] = np.arange(count) / (count - 1)
+    attributes = np.array([quality(prompt, completion) for completion in completions])
+    utilities = _utilities(now, completions, attributes, rng) + now.position_bias * (0.5 - places)
     judged = [i for i in order if math.isfinite(utilities[i])]
     groups = tuple((i,) for i in judged) if is_lazy else _tie_groups(judged, utilities, now.tie_band)
     return Comparison(
@@ -271,8 +264,9 @@ def rate(
     rng = numpy_stream(seed, "rate", labeler.pseudonym, position, prompt.id, completion.id)
     now = drifted(labeler, position)
     is_lazy = rng.random() < now.laziness
-    utility = float(_utilities(now, prompt, [completion], quality, rng)[0])
-    seen = np.array(quality(prompt, completion)) + now.noise * rng.standard_normal(3)
+    attributes = np.array([quality(prompt, completion)])
+    utility = float(_utilities(now, [completion], attributes, rng)[0])
+    seen = attributes[0] + now.noise * rng.standard_normal(3)
     values: dict[str, int | None] = {"overall_quality": None, **dict.fromkeys(FLAGS)}
     if math.isfinite(utility):
         values["overall_quality"] = 4 if is_lazy else 1 + round(6 * min(max(utility, 0.0), 1.0))
@@ -299,13 +293,13 @@ def rate(
 
 
 def assign_labelers(num_prompts: int, num_labelers: int, per_prompt: int, seed: int) -> list[list[int]]:
-    """Return `per_prompt` different labelers (numbers) for each prompt, everyone getting nearly the same amount of work.
+    """Return `per_prompt` different labelers (numbers) for each prompt, with nearly the same amount of work for each.
 
     Raises `InputError` where there are fewer labelers than `per_prompt`.
     """
     if not 1 <= per_prompt <= num_labelers:
         raise InputError(
-            f"labelers: {per_prompt} for each prompt, of {num_labelers}; expected at least one for each prompt, and no more than there are"
+            f"labelers: {per_prompt} for each prompt, out of {num_labelers}; expected from 1 to as many as there are"
         )
     teams = num_labelers // per_prompt
     assigned = []
@@ -330,7 +324,9 @@ def rank_all(
     Each labeler's own count of labels is their position. Raises `InputError` where lengths differ.
     """
     if len(prompts) != len(completions):
-        raise InputError(f"ranking: got {len(prompts)} prompts and {len(completions)} sets of completions; expected as many")
+        raise InputError(
+            f"ranking: got {len(prompts)} prompts and {len(completions)} sets of completions; expected as many"
+        )
     assigned = assign_labelers(len(prompts), len(labelers), 2 if overlap > 0 else 1, seed)
     labels_done: Counter[int] = Counter()
     comparisons = []
@@ -358,34 +354,12 @@ def agreement(
     return PairAgreement(sum(c.num_agreeing for c in counts), sum(c.num_decided for c in counts))
 
 
-def count_agreement(first: Comparison, second: Comparison) -> PairAgreement:
-    """Count the pairs of items that both comparisons decide, and those that they order alike; ties decide nothing."""
-    decided, other = _decided_pairs(first), _decided_pairs(second)
-    num_agreeing = len(decided & other)
-    num_opposed = len(decided & {(worse, better) for better, worse in other})
-    return PairAgreement(num_agreeing, num_agreeing + num_opposed)
-
-
-def _decided_pairs(comparison: Comparison) -> set[tuple[str, str]]:
-    """Return (better item, worse item) for each pair that the label decides."""
-    items, decided = comparison.items, set()
-    for pair in pairs_of(comparison.label):
-        if pair.p_first_better != 0.5:
-            better, worse = (pair.first, pair.second) if pair.p_first_better > 0.5 else (pair.second, pair.first)
-            decided.add((items[better], items[worse]))
-    return decided
-
-
 def _utilities(
-    labeler: Labeler,
-    prompt: Prompt,
-    completions: Sequence[Completion],
-    quality: Quality,
-    rng: np.random.Generator,
+    labeler: Labeler, completions: Sequence[Completion], attributes: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return perceived utilities [K] without the position bias; NaN where the quality is NaN."""
+    """Return perceived utilities [K] of attributes [K, 3], without the position bias; NaN where one is NaN."""
     count = len(completions)
-    overall = np.array([quality(prompt, completion) for completion in completions]) @ np.array(labeler.weights)
+    overall = attributes @ np.array(labeler.weights)
     misunderstood = rng.random(count) >= labeler.accuracy
     seen = np.where(misunderstood & np.isfinite(overall), rng.random(count), overall)
     words = np.array([max(1, len(completion.text.split())) for completion in completions])
@@ -407,7 +381,7 @@ def _tie_groups(judged: Sequence[int], utilities: np.ndarray, tie_band: float) -
 
 
 def _seconds(labeler: Labeler, texts: Sequence[str], is_lazy: bool, rng: np.random.Generator) -> float:
-    """Return the time for reading `texts` and deciding on all but the first (the prompt); a lazy answer takes 1 to 3 s."""
+    """Return the seconds for reading `texts`, the prompt first, and deciding on the others; lazily 1 to 3 s."""
     pace = math.exp(0.3 * rng.standard_normal())
     if is_lazy:
         return round(1 + 2 * rng.random(), 1)

@@ -311,27 +311,30 @@ def document_ids(tokenizer: Tokenizer, document: Document) -> tuple[list[int], l
     return ids, weights
 
 
-def blocks(tokenizer: Tokenizer, seed: int, context: int) -> Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]:
-    """Return the block source of pretraining: (first number, count) -> ids and weights, both [count, context + 1].
+class CorpusBlocks(NamedTuple):
+    """The block source of pretraining: (first number, count) -> ids and loss weights, both [count, context + 1].
 
     Block number i is made from its own generator: documents one after the other, the last one cut.
     """
 
-    def make(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokenizer: Tokenizer
+    seed: int
+    context: int
+
+    def __call__(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return blocks number `start` to `start + count - 1`."""
         all_ids, all_weights = [], []
         for number in range(start, start + count):
-            rng = random.Random(stream_seed(seed, "corpus", number))
+            rng = random.Random(stream_seed(self.seed, "corpus", number))
             ids: list[int] = []
             weights: list[float] = []
-            while len(ids) <= context:
-                more, loss_weights = document_ids(tokenizer, make_document(rng))
+            while len(ids) <= self.context:
+                more, loss_weights = document_ids(self.tokenizer, make_document(rng))
                 ids += more
                 weights += loss_weights
-            all_ids.append(ids[: context + 1])
-            all_weights.append(weights[: context + 1])
+            all_ids.append(ids[: self.context + 1])
+            all_weights.append(weights[: self.context + 1])
         return torch.tensor(all_ids), torch.tensor(all_weights)
-
-    return make
 
 
 def pretraining_sequences(tokenizer: Tokenizer, seed: int, max_tokens: int) -> Callable[[int, int], list[list[int]]]:

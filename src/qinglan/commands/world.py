@@ -1,0 +1,142 @@
+"""`qinglan world ...`: show the built-in world, make its base models, probe what they can do."""
+
+import random
+from pathlib import Path
+from typing import Literal
+
+from qinglan.cli import CommandResult, Options
+from qinglan.core.config import Config
+from qinglan.core.device import Device, use_all_cores
+from qinglan.core.errors import InputError
+from qinglan.core.rng import stream_seed
+from qinglan.core.run import Measure, Run
+from qinglan.learn.pretrain import PretrainConfig, pretrain
+from qinglan.models.language_model import LanguageModel, load_language_model
+from qinglan.tasks import corpus, demonstrators, probes
+from qinglan.tasks.assistant import TASKS, draw_prompts, grade, make_item, overall
+from qinglan.tasks.base_models import CONTEXT, base_tokenizer, build, resolve_model, ship, shipped_sizes, size_of
+from qinglan.tasks.item import Draw
+
+
+class ShowCommand(Config):
+    """What to show."""
+
+    what: Literal["all", "prompts", "corpus", "demonstrations"] = "all"
+    """Prompts with their graded replies, documents of the pretraining corpus, or demonstrations."""
+    per_kind: int = 1
+    """Samples of each use case or kind of document."""
+    split: Literal["train", "test"] = "train"
+    """Test prompts use held-out entities and wordings."""
+
+
+def show(config: ShowCommand, options: Options) -> CommandResult:
+    """Print samples of prompts, demonstrations and documents."""
+    rng = random.Random(stream_seed(options.seed, "show"))
+    draw = Draw(rng, config.split == "test")
+    lines: list[str] = []
+    data: dict[str, list[dict[str, object]]] = {"prompts": [], "corpus": [], "demonstrations": []}
+    if config.what in ("all", "prompts"):
+        for use_case in TASKS:
+            for _ in range(config.per_kind):
+                item = make_item(draw, use_case)
+                lines += ["", f"[{', '.join(item.tags)}]", *(f"  {turn.role}: {turn.content}" for turn in item.messages)]
+                replies = {"good": item.good[0], **item.faulty}
+                graded = {kind: {"text": text, "gold": overall(grade(item, text))} for kind, text in replies.items()}
+                lines += [f"    {kind:<9} {one['gold']:.2f}  {one['text']}" for kind, one in graded.items()]
+                turns = [turn.model_dump() for turn in item.messages]
+                data["prompts"].append({"use_case": use_case, "tags": item.tags, "messages": turns, "replies": graded})
+    if config.what in ("all", "demonstrations"):
+        world = draw_prompts(8 * config.per_kind, options.seed, config.split)
+        shown = demonstrators.demonstrate(world, world.prompts, demonstrators.DemonstratorConfig(), options.seed)
+        lines += ["", "Demonstrations, uneven as people are:"]
+        for pair in shown:
+            text, gold = pair.demonstration.text, overall(world.grade(pair.prompt, pair.demonstration))
+            lines += [f"  {pair.prompt.messages[-1].content}", f"    {gold:.2f}  {text}  ({pair.demonstration.producer_id})"]
+            data["demonstrations"].append({"prompt": pair.prompt.messages[-1].content, "text": text, "gold": gold})
+    if config.what in ("all", "corpus"):
+        lines += ["", "Documents of the pretraining corpus:"]
+        for kind, (share, _) in corpus.MIX.items():
+            for _ in range(config.per_kind):
+                text = " ".join(span.text for span in corpus.make_document(rng, kind))
+                lines.append(f"  {kind} ({share:.0%}): {text}")
+                data["corpus"].append({"kind": kind, "share": share, "text": text})
+    return CommandResult("\n".join(lines).strip(), data)
+
+
+class PretrainCommand(Config):
+    """Which base models to make, and how."""
+
+    sizes: tuple[str, ...] = ("nano", "micro", "mini")
+    """Names in the table of sizes (`tasks/base_models.py`)."""
+    training: PretrainConfig = PretrainConfig(num_tokens=10_000_000, context=CONTEXT)
+    """The training loop."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    num_probe_items: int = 100
+    """Items of each capability probe on the way."""
+    ship: bool = False
+    """Copy the result into the package, in bfloat16, with its card; for developers of Qinglan."""
+
+
+def pretrain_sizes(config: PretrainCommand, options: Options) -> CommandResult:
+    """Pretrain each size in a folder of its own below `--out`; finished sizes are kept, stopped ones go on with --resume."""
+    for size in config.sizes:
+        size_of(size)
+    use_all_cores()
+    tokenizer = base_tokenizer()
+    device = Device.detect(config.device)
+    data: dict[str, dict[str, dict[str, object]]] = {}
+    lines = []
+    for size in config.sizes:
+        out = (options.out or Path("runs/pretrain")) / size
+        run = Run.open(out, config, seed=options.seed, recipe=f"pretrain {size}", resume=options.resume)
+        stage = run.stage("pretrain", config.training)
+        source = corpus.CorpusBlocks(tokenizer._tokenizer, options.seed, config.training.context)
+        fresh = build(size, tokenizer, options.seed, device=device)
+        lm = pretrain(fresh, source, config.training, stage=stage, seed=options.seed, probe=_probe_rates(config, options.seed))
+        stage.finish()
+        measures = probes.evaluate_base_model(lm, num_items=config.num_probe_items, seed=options.seed)
+        if config.ship:
+            rates = {name: measure._asdict() for name, measure in measures.items()}
+            command = f"qinglan world pretrain --sizes {size} --training.num-tokens {config.training.num_tokens} --seed {options.seed}"
+            lines.append(f"shipped to {ship(out, size, command=command, probes=rates)}")
+        lines += [f"{size}:", *_rows(measures)]
+        data[size] = {name: measure._asdict() for name, measure in measures.items()}
+    return CommandResult("\n".join(lines), data)
+
+
+def _probe_rates(config: PretrainCommand, seed: int):  # type: ignore[no-untyped-def]
+    def rates(lm: LanguageModel) -> dict[str, float]:
+        measures = probes.evaluate_base_model(lm, num_items=config.num_probe_items, seed=seed)
+        return {f"probe/{name}": measure.value for name, measure in measures.items() if measure.value is not None}
+
+    return rates
+
+
+class EvaluateCommand(Config):
+    """Which base models to probe."""
+
+    models: tuple[str, ...] = ()
+    """Size names or model directories; default: all shipped sizes."""
+    num_items: int = 200
+    """Items of each probe."""
+
+
+def evaluate(config: EvaluateCommand, options: Options) -> CommandResult:
+    """Return `capability/<probe>/<model>` for every probe and model."""
+    use_all_cores()
+    names = config.models or tuple(shipped_sizes())
+    if not names:
+        raise InputError("world evaluate: no base model is shipped; name a directory with --models")
+    metrics: dict[str, Measure] = {}
+    lines = []
+    for name in names:
+        lm = load_language_model(resolve_model(name), Device.detect("cpu"))
+        measures = probes.evaluate_base_model(lm, num_items=config.num_items, seed=options.seed)
+        metrics |= {f"capability/{probe}/{name}": measure for probe, measure in measures.items()}
+        lines += [f"{name}:", *_rows(measures)]
+    return CommandResult("\n".join(lines), {"metrics": {key: measure._asdict() for key, measure in metrics.items()}})
+
+
+def _rows(measures: dict[str, Measure]) -> list[str]:
+    return [f"  {name:<18} {measure}" for name, measure in measures.items()]

@@ -1,0 +1,607 @@
+"""Proximal policy optimization of a policy against a scorer (InstructGPT, sections 3.5 and C.4; Schulman et al. 2017).
+
+A contextual bandit: one prompt, one completion, one score, and the episode ends. Token rewards are
+-beta (log pi - log pi_ref), plus the score at the last token; discount 1; GAE with a separate value model that starts as
+a copy of the reward model; clip 0.2; pretraining gradients in the same optimizer step (PPO-ptx); an average of the
+policy's weights. The same loop trains by RLOO, GRPO and REINFORCE++, which want no value model.
+
+    result = train_ppo(policy, reference, scorer, prompts, PPOConfig(),
+                       stage=run.stage("ppo"), seed=0, value_start=reward_model)
+
+Departures: gradients are clipped; advantages are whitened over the rollout; AdamW without decay for Adam, epsilon 1e-5;
+the weights' average moves after every update (the paper does not say whether update or iteration). Old
+log-probabilities come from the sampler, which saves a forward pass; before the first update of every iteration they
+must agree with the trainer's.
+
+Legend: E episodes of an iteration, T tokens of the longest completion, N sampled tokens of a micro-batch.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qinglan.core.errors import InputError
+from qinglan.core.files import read_json, write_json
+from qinglan.core.records import Prompt, Scorer
+from qinglan.core.rng import permutation, stream_seed
+from qinglan.core.run import Stage
+from qinglan.data.batch import make_batches
+from qinglan.learn.advantages import (
+    NO_MOMENTS,
+    Moments,
+    adapt_kl_coef,
+    estimate_advantages,
+    explained_variance,
+    kl_k1,
+    kl_k3,
+    moments_of,
+    token_rewards,
+    whiten,
+)
+from qinglan.learn.alarms import find_alarms
+from qinglan.learn.checks import check_ratio, check_start, ratio_errors
+from qinglan.learn.optimize import (
+    Checkpointer,
+    check_finite,
+    clip_gradients,
+    make_optimizer,
+    restore_training,
+    set_lr,
+    training_tensors,
+    warmup_factor,
+)
+from qinglan.learn.policy_losses import clipped_surrogate, value_loss
+from qinglan.learn.ppo_config import PPOConfig
+from qinglan.learn.rollout import (
+    Rollout,
+    StateValues,
+    draw_rollout,
+    forget_samples,
+    log_samples,
+    prompt_positions,
+    rollout_logprobs,
+    state_values,
+)
+from qinglan.learn.scoring import ask_scorer, charge_missing_eos
+from qinglan.learn.sft import PretrainSource
+from qinglan.models.heads import ScalarModel, copy_scalar_model, scalar_model_from, token_values
+from qinglan.models.language_model import (
+    LanguageModel,
+    TokenSequence,
+    copy_language_model,
+    hidden_states,
+    load_language_model,
+    max_context,
+    save_language_model,
+    target_logprobs,
+)
+
+__all__ = ["PPOConfig", "PPOResult", "train_ppo"]
+
+LARGE_KL = 10.0
+"""A token whose log-ratio to the reference is larger, in nats, is counted; none is clamped."""
+
+
+class PPOResult(NamedTuple):
+    """What training leaves."""
+
+    policy: LanguageModel
+    alarms: list[str]
+    """One message for each kind of alarm, at the iteration that first raised it."""
+
+
+class Task(NamedTuple):
+    """What stays as it is while the policy learns."""
+
+    reference: LanguageModel
+    scorer: Scorer
+    gold: Scorer | None
+    """Only measures."""
+    score_range: tuple[float, float] | None
+    pretrain: PretrainSource | None
+    prompts: Sequence[Prompt]
+    prompt_ids: list[list[int]]
+
+
+class Learners(NamedTuple):
+    """What learns, in place. The value model is there for estimator "gae" only, the average for `returned` "ema" only."""
+
+    policy: LanguageModel
+    policy_optimizer: torch.optim.Optimizer
+    value: ScalarModel | None
+    value_optimizer: torch.optim.Optimizer | None
+    average: dict[str, Tensor]
+
+
+class Controls(NamedTuple):
+    """Small state that an iteration hands to the next; it is saved with every checkpoint."""
+
+    kl_coef: float
+    scores: Moments
+    """Of all scores so far."""
+    history: tuple[dict[str, float], ...]
+    alarms: dict[str, str]
+
+
+class Targets(NamedTuple):
+    """What the updates of one iteration aim at; tensors [E, T] on the CPU."""
+
+    advantages: Float[Tensor, "E T"]
+    returns: Float[Tensor, "E T"]
+    old_values: Float[Tensor, "E T"]
+    value_clip: float | None
+    """In the units of the returns."""
+
+
+def train_ppo(
+    policy: LanguageModel,
+    reference: LanguageModel,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    config: PPOConfig,
+    *,
+    stage: Stage,
+    seed: int,
+    value_start: ScalarModel | None = None,
+    pretrain: PretrainSource | None = None,
+    gold: Scorer | None = None,
+    score_range: tuple[float, float] | None = None,
+) -> PPOResult:
+    """Return a copy of `policy` trained to score higher, also saved as a model directory in `stage.dir/"model"`.
+
+    Args:
+        policy: where training starts; it is not changed.
+        reference: KL is measured against it (InstructGPT: the same model as `policy`).
+        scorer: one number for each completion, whatever it stands for.
+        prompts: drawn in a new order each pass.
+        config: settings.
+        stage: folder for checkpoints and result; a killed stage goes on from its last checkpoint, bit-identical on CPU.
+        seed: decides prompts, sampling and minibatches.
+        value_start: the value model starts as its copy (InstructGPT: the reward model); default: the policy's trunk with
+            a head of zeros. Read by estimator "gae" only.
+        pretrain: the pretraining corpus, by position; wanted where `ptx_coef` is above 0.
+        gold: a second scorer that is only logged, to see whether the first is exploited.
+        score_range: lowest and highest score that the reward model gave in its training, for an alarm.
+
+    Raises:
+        InputError: no prompt, one too long, a scorer that raises or gives no number, a step-0 check that fails, a loss
+            that is not finite.
+    """
+    directory, alarm_file = stage.dir / "model", stage.dir / "alarms.json"
+    if directory.is_dir():  # written whole, after the last update: an earlier start of this stage came to its end
+        return PPOResult(load_language_model(directory, policy.device)._replace(name=stage.name), read_json(alarm_file))
+
+    prompt_ids = _encode_prompts(policy, value_start, prompts, config, stage.name)
+    task = Task(reference, scorer, gold, score_range, _ptx_source(pretrain, config, stage.name), prompts, prompt_ids)
+    learners = _make_learners(policy, value_start, config, seed, stage.name)
+    controls = Controls(config.kl_coef, NO_MOMENTS, (), {})
+    checkpointer = Checkpointer(stage.dir / "checkpoints")
+    start, controls = _resume(checkpointer, learners, controls)
+    forget_samples(stage, start)
+
+    progress = stage.progress(config.num_iterations)
+    for iteration in range(start, config.num_iterations):
+        controls = run_iteration(learners, task, controls, config, stage, seed, iteration)
+        if (iteration + 1) % config.checkpoint_every == 0:
+            _save(checkpointer, learners, controls, iteration + 1)
+        latest = controls.history[-1]
+        progress.show(iteration + 1, f"score {latest['score']:.3f}, KL {latest['kl']:.2f}")
+
+    if config.returned == "ema":
+        restore_training(learners.average, learners.policy.model, prefix="average.")
+    alarms = list(controls.alarms.values())
+    write_json(alarm_file, alarms)
+    save_language_model(learners.policy, directory)
+    checkpointer.clear()
+    return PPOResult(learners.policy, alarms)
+
+
+def run_iteration(
+    learners: Learners,
+    task: Task,
+    controls: Controls,
+    config: PPOConfig,
+    stage: Stage,
+    seed: int,
+    iteration: int,
+) -> Controls:
+    """Sample, score, and take the updates of one iteration; log it and return the controls for the next."""
+    started, where = time.monotonic(), f"{stage.name}, iteration {iteration}"
+    policy, value = learners.policy, learners.value
+
+    # 1. Prompts, in a new order each pass
+    num_prompts = config.episodes_per_iteration // config.samples_per_prompt
+    chosen = list(prompt_positions(len(task.prompts), iteration * num_prompts, num_prompts, seed))
+
+    # 2. Completions, with the log-probabilities of the policy that samples them
+    rollout = draw_rollout(
+        policy,
+        [task.prompts[i] for i in chosen],
+        [task.prompt_ids[i] for i in chosen],
+        config.sampling,
+        seed=stream_seed(seed, "ppo", "rollout", iteration),
+        num_samples=config.samples_per_prompt,
+    )
+    metrics = {"seconds_sampling": time.monotonic() - started}
+    if iteration == 0:
+        metrics |= check_start(policy, value, rollout.sequences, where)
+    rollout = _settle_old_logprobs(policy, rollout, config, iteration, where)
+
+    # 3. Scores; a completion cut at the limit pays for it
+    scores = ask_scorer(task.scorer, rollout.prompts, rollout.completions, what=f"{where}: the scorer")
+    charged = charge_missing_eos(scores, rollout.finish_reasons, config.missing_eos, config.missing_eos_penalty)
+    score_moments = controls.scores.merge(moments_of(torch.tensor(scores)))
+    metrics |= _score_metrics(task, rollout, scores, charged, where)
+
+    # 4. Log-probabilities of the reference and values of all states, once for the whole rollout
+    max_tokens = config.max_tokens
+    reference_logprobs = rollout_logprobs(task.reference, rollout, config.sampling.temperature, max_tokens)
+    states = None if value is None else state_values(value, rollout, max_tokens)
+
+    # 5. Rewards, advantages, returns
+    targets = make_targets(rollout, reference_logprobs, charged, states, score_moments, config, controls.kl_coef)
+    metrics |= _rollout_metrics(rollout, reference_logprobs, targets, controls.kl_coef)
+
+    # 6. Updates
+    metrics |= update(learners, task, rollout, targets, config, seed, iteration, where=where)
+
+    # 7. KL coefficient, alarms, log
+    kl_coef = controls.kl_coef
+    if config.target_kl_per_completion is not None:
+        target, episodes = config.target_kl_per_completion, config.episodes_per_iteration
+        kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], target=target, horizon=config.kl_horizon, num_episodes=episodes)
+    history = (*controls.history, metrics)
+    new_alarms = {k: v for k, v in find_alarms(history, config.alarms).items() if k not in controls.alarms}
+    for message in new_alarms.values():
+        print(f"{stage.name}: alarm: {message}", file=sys.stderr)
+    stage.log(iteration, {**metrics, "seconds": time.monotonic() - started})
+    if iteration % config.samples_every == 0:
+        log_samples(stage, iteration, rollout, scores, config.num_logged_samples)
+    return Controls(kl_coef, score_moments, history, controls.alarms | new_alarms)
+
+
+def make_targets(
+    rollout: Rollout,
+    reference_logprobs: Float[Tensor, "E T"],
+    scores: Sequence[float],
+    states: StateValues | None,
+    score_moments: Moments,
+    config: PPOConfig,
+    kl_coef: float,
+) -> Targets:
+    """Return advantages and returns of a rollout. `scores` are those after the rule for a missing end token."""
+    mask = rollout.completion_mask
+    final = torch.tensor(scores)
+    if config.scale_scores:
+        final = final / max(score_moments.std, 1e-6)
+    end_values = None
+    if config.truncated == "bootstrap" and states is not None:
+        # The episode goes on: V(s_T) already predicts the score, so none is paid.
+        is_cut = torch.tensor([reason == "length" for reason in rollout.finish_reasons])
+        final, end_values = torch.where(is_cut, 0.0, final), torch.where(is_cut, states.end_values, 0.0)
+    rewards = token_rewards(rollout.logprobs, reference_logprobs, final, mask, kl_coef)
+    if config.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    advantages, returns = estimate_advantages(
+        config.estimator,
+        rewards,
+        mask,
+        num_samples=config.samples_per_prompt,
+        discount=config.discount,
+        gae_lambda=config.gae_lambda,
+        values=None if states is None else states.values,
+        end_values=end_values,
+    )
+    if config.estimator == "reinforce_pp" or (config.estimator == "gae" and config.whiten_advantages):
+        advantages = whiten(advantages, mask)
+    value_clip = None if config.value_clip is None else config.value_clip * moments_of(returns, mask).std
+    return Targets(advantages, returns, torch.zeros_like(returns) if states is None else states.values, value_clip)
+
+
+# --------------------------------------------------------------------------------------------------------- updates
+
+
+class Tally(NamedTuple):
+    """Sums over the sampled tokens of minibatches, for the log."""
+
+    num_tokens: float = 0.0
+    policy_loss: float = 0.0
+    clip_fraction: float = 0.0
+    approx_kl: float = 0.0
+    ratio: float = 0.0
+    entropy: float = 0.0
+    value_loss: float = 0.0
+    value_clip_fraction: float = 0.0
+    worst_ratio_error: float = 0.0
+    """The largest |ratio - 1| of a token, not a sum."""
+
+    def add(self, other: "Tally") -> "Tally":
+        """Return the tally of both."""
+        sums = (a + b for a, b in zip(self[:-1], other[:-1], strict=True))
+        return Tally(*sums, worst_ratio_error=max(self.worst_ratio_error, other.worst_ratio_error))
+
+    def means(self) -> dict[str, float]:
+        """Return the means over tokens, by name."""
+        return {name: total / self.num_tokens for name, total in zip(self._fields[1:-1], self[1:-1], strict=True)}
+
+
+def update(
+    learners: Learners,
+    task: Task,
+    rollout: Rollout,
+    targets: Targets,
+    config: PPOConfig,
+    seed: int,
+    iteration: int,
+    *,
+    where: str,
+) -> dict[str, float]:
+    """Take the optimizer steps of one iteration and return its mean metrics. Raises `InputError` if one is not finite."""
+    policy, value = learners.policy, learners.value
+    rate = warmup_factor(iteration, config.warmup_iterations, config.warmup_start)
+    set_lr(learners.policy_optimizer, rate * config.learning_rate)
+    if learners.value_optimizer is not None:
+        set_lr(learners.value_optimizer, rate * config.value_learning_rate)
+    tally, metrics = Tally(), {"lr": rate * config.learning_rate}
+    policy_norms, value_norms, ptx_losses = [], [], []
+    for epoch in range(config.inner_epochs):
+        order = permutation(config.episodes_per_iteration, seed, "ppo", "minibatch", iteration, epoch)
+        for place in range(0, len(order), config.minibatch_episodes):
+            # Gradients of the whole minibatch, however it is cut; those of pretraining go into the same step.
+            chosen = order[place : place + config.minibatch_episodes]
+            found = accumulate_gradients(learners, rollout, targets, chosen, config)
+            if epoch == place == 0:
+                mean_error = abs(found.ratio / found.num_tokens - 1)
+                check_ratio(found.worst_ratio_error, mean_error, policy.device.compute_dtype, where)
+                metrics["ratio_error"] = found.worst_ratio_error
+            if task.pretrain is not None:
+                num_done = iteration * config.updates_per_iteration + len(policy_norms)
+                count = config.ptx_ratio * config.minibatch_episodes
+                ptx_losses.append(accumulate_ptx_gradients(policy, task.pretrain(num_done * count, count), config))
+            # Both models are checked before either moves.
+            policy_norms.append(_gradient_norm(policy.model, config, "the policy's gradient", where))
+            if value is not None:
+                value_norms.append(_gradient_norm(value.model, config, "the value model's gradient", where))
+            _take_step(learners, config)
+            tally = tally.add(found)
+    metrics |= tally.means() | {"grad_norm": _mean(policy_norms)}
+    if value is not None:
+        metrics["value_grad_norm"] = _mean(value_norms)
+    if ptx_losses:
+        metrics["ptx_loss"] = _mean(ptx_losses)
+    return metrics
+
+
+def accumulate_gradients(
+    learners: Learners, rollout: Rollout, targets: Targets, chosen: Sequence[int], config: PPOConfig
+) -> Tally:
+    """Add the gradients of one minibatch of episodes to the models' `.grad`: the mean over all its sampled tokens."""
+    policy, value = learners.policy, learners.value
+    num_tokens = int(rollout.completion_mask[list(chosen)].sum())
+    tally = Tally()
+    for batch in make_batches([rollout.sequences[i] for i in chosen], max_tokens=config.max_tokens, pack=config.pack):
+        batch = batch.to(policy.device.torch_device)
+        episodes = [chosen[sequence.original] for sequence in batch.sequence_rows]
+        mask = rollout.completion_mask[episodes]
+
+        def flat(matrix: Tensor, episodes: list[int] = episodes, mask: Tensor = mask) -> Float[Tensor, " N"]:
+            return matrix[episodes][mask].to(policy.device.torch_device)
+
+        with policy.device.autocast():
+            hidden = hidden_states(policy.model, batch)
+            new = target_logprobs(policy.model, hidden, batch, temperature=config.sampling.temperature)
+        loss = clipped_surrogate(new.logprobs, flat(rollout.logprobs), flat(targets.advantages), config.clip)
+        total = loss.loss.sum() - config.entropy_coef * new.entropy.sum()
+        (total / num_tokens).backward()
+        fitted, value_clipped = 0.0, 0.0
+        if value is not None:
+            with value.device.autocast():
+                values = token_values(value, hidden_states(value.model, batch))
+            # The state before token t ends in token t - 1.
+            before = values[:, :-1][batch.target_mask[:, 1:]]
+            found = value_loss(before, flat(targets.old_values), flat(targets.returns), targets.value_clip)
+            (found.loss.sum() / num_tokens).backward()
+            fitted, value_clipped = float(found.loss.sum()), float(found.is_clipped.sum())
+        tally = tally.add(
+            Tally(
+                num_tokens=len(new.logprobs),
+                policy_loss=float(loss.loss.sum()),
+                clip_fraction=float(loss.is_clipped.sum()),
+                approx_kl=float(loss.approx_kl.sum()),
+                ratio=float(loss.ratio.double().sum()),
+                entropy=float(new.entropy.sum()),
+                value_loss=fitted,
+                value_clip_fraction=value_clipped,
+                worst_ratio_error=float((loss.ratio - 1).abs().max()),
+            )
+        )
+    return tally
+
+
+def accumulate_ptx_gradients(policy: LanguageModel, token_ids: Sequence[list[int]], config: PPOConfig) -> float:
+    """Add gamma times the gradient of the mean pretraining loss to the policy's `.grad`; return that loss, nats per token.
+
+    InstructGPT, objective 2: gamma * E over the pretraining corpus of log pi(x), here as the mean over tokens.
+    """
+    limit = max_context(policy.model)
+    sequences = [TokenSequence(list(ids[:limit]), 1) for ids in token_ids if len(ids) > 1]
+    num_tokens = sum(len(sequence.token_ids) - 1 for sequence in sequences)
+    total = 0.0
+    for batch in make_batches(sequences, max_tokens=config.max_tokens, pack=True):
+        batch = batch.to(policy.device.torch_device)
+        with policy.device.autocast():
+            hidden = hidden_states(policy.model, batch)
+            logprobs = target_logprobs(policy.model, hidden, batch, with_entropy=False).logprobs
+        loss = -logprobs.sum() / num_tokens
+        (config.ptx_coef * loss).backward()
+        total += float(loss)
+    return total
+
+
+def _gradient_norm(model: torch.nn.Module, config: PPOConfig, what: str, where: str) -> float:
+    """Clip the gradients and return their norm before; raise `InputError` if it is not finite."""
+    return check_finite(clip_gradients(model, config.max_grad_norm), f"the norm of {what}", where)
+
+
+def _take_step(learners: Learners, config: PPOConfig) -> None:
+    """Let both optimizers move once, and the policy's average follow."""
+    for optimizer in (learners.policy_optimizer, learners.value_optimizer):
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+    with torch.no_grad():
+        for name, parameter in learners.policy.model.named_parameters():
+            if learners.average:  # average = decay * average + (1 - decay) * weights
+                learners.average[f"average.model.{name}"].lerp_(parameter, 1 - config.ema_decay)
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+# ----------------------------------------------------------------------------------------------- start, state, resume
+
+
+def _encode_prompts(
+    policy: LanguageModel, value: ScalarModel | None, prompts: Sequence[Prompt], config: PPOConfig, stage: str
+) -> list[list[int]]:
+    """Return the prompts' token ids. Raises `InputError` for no prompt, or one that leaves no room for a completion."""
+    if not prompts:
+        raise InputError(f"{stage}: no prompts; expected at least one; give some")
+    models = [policy.model] if value is None else [policy.model, value.model]
+    context, room = min(max_context(model) for model in models), config.sampling.max_new_tokens
+    encoded = [policy.chat.prompt_ids(prompt.messages) for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if len(ids) + room > context:
+            raise InputError(
+                f"{stage}: prompt {prompt.id}: {len(ids)} tokens and {room} new ones exceed the context of {context}; leave "
+                "out longer prompts or lower sampling.max_new_tokens"
+            )
+    return encoded
+
+
+def _ptx_source(pretrain: PretrainSource | None, config: PPOConfig, stage: str) -> PretrainSource | None:
+    """Return the pretraining corpus where it is to be mixed in, else None."""
+    if config.ptx_coef == 0:
+        return None
+    if pretrain is None:
+        raise InputError(
+            f"{stage}: ptx_coef is {config.ptx_coef}, but there is no pretraining corpus; give one or set ptx_coef to 0"
+        )
+    return pretrain
+
+
+def _make_learners(
+    start: LanguageModel, value_start: ScalarModel | None, config: PPOConfig, seed: int, stage: str
+) -> Learners:
+    """Return copies of policy and value model with an optimizer each."""
+    policy = copy_language_model(start, name=stage)
+    policy_optimizer = make_optimizer(policy.model, config.learning_rate, betas=config.betas, eps=config.eps)
+    average: dict[str, Tensor] = {}
+    if config.returned == "ema":
+        average = {name: weights.clone() for name, weights in training_tensors(policy.model, prefix="average.").items()}
+    if config.estimator != "gae":
+        return Learners(policy, policy_optimizer, None, None, average)
+    if value_start is not None:
+        value = copy_scalar_model(value_start, name=f"{stage}/value")
+    else:
+        value = scalar_model_from(policy, seed=seed)._replace(name=f"{stage}/value")
+        torch.nn.init.zeros_(value.model.score.weight)  # nothing is known yet: every state is worth 0
+    value_optimizer = make_optimizer(value.model, config.value_learning_rate, betas=config.betas, eps=config.eps)
+    return Learners(policy, policy_optimizer, value, value_optimizer, average)
+
+
+def _save(checkpointer: Checkpointer, learners: Learners, controls: Controls, iteration: int) -> None:
+    tensors = training_tensors(learners.policy.model, learners.policy_optimizer, prefix="policy.") | learners.average
+    if learners.value is not None:
+        tensors |= training_tensors(learners.value.model, learners.value_optimizer, prefix="value.")
+    checkpointer.save(iteration, tensors, controls._asdict())
+
+
+def _resume(checkpointer: Checkpointer, learners: Learners, controls: Controls) -> tuple[int, Controls]:
+    """Put the newest checkpoint into the learners; return the iteration to go on with and the controls for it."""
+    state = checkpointer.load()
+    if state is None:
+        return 0, controls
+    restore_training(state.tensors, learners.policy.model, learners.policy_optimizer, prefix="policy.")
+    if learners.value is not None:
+        restore_training(state.tensors, learners.value.model, learners.value_optimizer, prefix="value.")
+    for name, weights in learners.average.items():
+        weights.copy_(state.tensors[name])
+    saved = state.values
+    history = tuple(saved["history"])
+    return state.step, Controls(saved["kl_coef"], Moments(*saved["scores"]), history, saved["alarms"])
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+
+def _settle_old_logprobs(
+    policy: LanguageModel, rollout: Rollout, config: PPOConfig, iteration: int, where: str
+) -> Rollout:
+    """Return the rollout with the old log-probabilities to train with.
+
+    The sampler's serve in fp32, after a check of all tokens of the first rollout (later ones: of the first minibatch, for
+    nothing). bf16 rounds a cached decoding step and a full pass differently, so there they are computed again.
+    """
+    must_recompute = config.old_logprobs == "recompute" or policy.device.compute_dtype != torch.float32
+    if not must_recompute and iteration > 0:
+        return rollout
+    again = rollout_logprobs(policy, rollout, config.sampling.temperature, config.max_tokens)
+    if must_recompute:
+        return rollout._replace(logprobs=again)
+    mask = rollout.completion_mask
+    check_ratio(*ratio_errors(again[mask], rollout.logprobs[mask]), torch.float32, where)
+    return rollout
+
+
+def _score_metrics(
+    task: Task, rollout: Rollout, scores: list[float], charged: list[float], where: str
+) -> dict[str, float]:
+    """Return what is logged of scores, gold scores and how completions ended; here the gold scorer is asked."""
+    known = moments_of(torch.tensor(scores))
+    metrics = {"score": known.mean, "score_std": known.std, "num_scores": len(scores)}
+    metrics["charged_score"] = _mean(charged)
+    if task.score_range is not None:
+        low, high = task.score_range
+        metrics["score_outside_range"] = _mean([float(not low <= score <= high) for score in scores])
+    if task.gold is not None:
+        what = f"{where}: the gold scorer"
+        golds = torch.tensor(
+            ask_scorer(task.gold, rollout.prompts, rollout.completions, what=what, allow_unscored=True)
+        )
+        measured = moments_of(golds, ~golds.isnan())
+        metrics["num_golds"] = measured.num_values
+        if measured.num_values:
+            metrics |= {"gold": measured.mean, "gold_std": measured.std}
+    for reason in ("eos", "stop", "length"):
+        metrics[f"finish_{reason}"] = rollout.finish_reasons.count(reason) / len(scores)
+    return metrics
+
+
+def _rollout_metrics(
+    rollout: Rollout, reference_logprobs: Float[Tensor, "E T"], targets: Targets, kl_coef: float
+) -> dict[str, float]:
+    """Return what is logged of lengths, KL (nats per completion), advantages and values."""
+    mask = rollout.completion_mask
+    k1 = torch.where(mask, kl_k1(rollout.logprobs, reference_logprobs), 0.0)
+    k3 = torch.where(mask, kl_k3(rollout.logprobs, reference_logprobs), 0.0)
+    returns = moments_of(targets.returns, mask)
+    return {
+        "kl": float(k1.sum(dim=1).mean()),
+        "kl_k3": float(k3.sum(dim=1).mean()),
+        "kl_coef": kl_coef,
+        "large_kl_tokens": float((k1.abs() > LARGE_KL).sum()),
+        "length": float(rollout.lengths.float().mean()),
+        "length_max": float(rollout.lengths.max()),
+        "return": returns.mean,
+        "return_std": returns.std,
+        "advantage_std": moments_of(targets.advantages, mask).std,
+        "value": moments_of(targets.old_values, mask).mean,
+        "explained_variance": explained_variance(targets.old_values, targets.returns, mask),
+    }

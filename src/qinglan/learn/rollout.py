@@ -1,0 +1,135 @@
+"""A rollout: the completions of one iteration with everything that is computed once for them, before any update.
+
+Token ids travel: what was sampled is what is scored and trained on, and text is never tokenised again on the way.
+
+Legend: E episodes (one prompt, one completion), T tokens of the longest completion.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from qinglan.core.files import read_jsonl, write_jsonl
+from qinglan.core.records import Completion, FinishReason, Prompt
+from qinglan.core.rng import permutation
+from qinglan.core.run import Stage
+from qinglan.data.batch import make_batches
+from qinglan.learn.advantages import pad_rows
+from qinglan.models.generate import SamplingConfig, completion_record, generate
+from qinglan.models.heads import ScalarModel, token_values
+from qinglan.models.language_model import LanguageModel, TokenSequence, completion_logprobs, hidden_states
+
+
+class Rollout(NamedTuple):
+    """Sampled episodes; those of one prompt stand side by side. Tensors lie on the CPU."""
+
+    prompts: list[Prompt]
+    completions: list[Completion]
+    sequences: list[TokenSequence]
+    """Prompt and completion as token ids."""
+    finish_reasons: list[FinishReason]
+    completion_mask: Bool[Tensor, "E T"]
+    """True where a token was sampled, the end token included."""
+    logprobs: Float[Tensor, "E T"]
+    """Of the sampled tokens under the policy that sampled them, in nats."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each completion, int64 [E]."""
+        return self.completion_mask.sum(dim=1)
+
+
+class StateValues(NamedTuple):
+    """What the value model says before any update."""
+
+    values: Float[Tensor, "E T"]
+    """Value of the state before each sampled token."""
+    end_values: Float[Tensor, " E"]
+    """Value after the last token, read only where an episode was cut short."""
+
+
+def prompt_positions(num_prompts: int, start: int, count: int, seed: int) -> Iterator[int]:
+    """Yield the indices of the prompts number `start` .. `start + count - 1` of an endless, shuffled pass over all."""
+    orders: dict[int, list[int]] = {}
+    for position in range(start, start + count):
+        epoch, place = divmod(position, num_prompts)
+        if epoch not in orders:
+            orders[epoch] = permutation(num_prompts, seed, "ppo", "prompts", epoch)
+        yield orders[epoch][place]
+
+
+def draw_rollout(
+    policy: LanguageModel,
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[list[int]],
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    num_samples: int,
+) -> Rollout:
+    """Sample `num_samples` completions of each prompt; the sampler's log-probabilities become the old ones."""
+    drawn = generate(policy, prompt_ids, sampling, seed=seed, num_samples=num_samples)
+    episodes = [
+        (prompt, ids, sample, index)
+        for prompt, ids, samples in zip(prompts, prompt_ids, drawn, strict=True)
+        for index, sample in enumerate(samples)
+    ]
+    logprobs, mask = pad_rows([torch.tensor(sample.logprobs, dtype=torch.float32) for _, _, sample, _ in episodes])
+    return Rollout(
+        prompts=[prompt for prompt, *_ in episodes],
+        completions=[
+            completion_record(policy, prompt, sample, sampling, seed=seed, index=index)
+            for prompt, _, sample, index in episodes
+        ],
+        sequences=[TokenSequence([*ids, *sample.token_ids], len(ids)) for _, ids, sample, _ in episodes],
+        finish_reasons=[sample.finish_reason for _, _, sample, _ in episodes],
+        completion_mask=mask,
+        logprobs=logprobs,
+    )
+
+
+def rollout_logprobs(lm: LanguageModel, rollout: Rollout, temperature: float, max_tokens: int) -> Float[Tensor, "E T"]:
+    """Return the log-probabilities of the sampled tokens under any model, of the distribution at `temperature`."""
+    rows = completion_logprobs(lm, rollout.sequences, temperature=temperature, max_tokens=max_tokens)
+    return pad_rows(rows)[0]
+
+
+def state_values(value: ScalarModel, rollout: Rollout, max_tokens: int) -> StateValues:
+    """Return the value of every state of the rollout, without a gradient: V(s_t) stands at the token before a_t."""
+    rows = [torch.empty(0)] * len(rollout.sequences)
+    end_values = torch.empty(len(rollout.sequences))
+    with torch.no_grad(), value.device.autocast():
+        for batch in make_batches(rollout.sequences, max_tokens=max_tokens, pack=False):
+            values = token_values(value, hidden_states(value.model, batch)).cpu()
+            for index, row, start, end in batch.sequence_rows:
+                first = start + rollout.sequences[index].num_prompt_tokens - 1
+                rows[index], end_values[index] = values[row, first : end - 1], values[row, end - 1]
+    return StateValues(pad_rows(rows)[0], end_values)
+
+
+def log_samples(stage: Stage, step: int, rollout: Rollout, scores: Sequence[float], count: int) -> None:
+    """Append the first `count` episodes to the run's samples.jsonl: {stage, step, prompt, completion, score}."""
+    with (stage.run.dir / "samples.jsonl").open("a", encoding="utf-8") as out:
+        for prompt, completion, score in list(zip(rollout.prompts, rollout.completions, scores, strict=True))[:count]:
+            row: dict[str, Any] = {"stage": stage.name, "step": step, "prompt": _text_of(prompt)}
+            row |= {"completion": completion.text, "score": score}
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def forget_samples(stage: Stage, from_step: int) -> None:
+    """Remove the samples that an interrupted run wrote from `from_step` on: they are written again."""
+    path = stage.run.dir / "samples.jsonl"
+    if path.is_file():
+        rows = [row for _, row in read_jsonl(path)]
+        write_jsonl(path, [row for row in rows if row["stage"] != stage.name or row["step"] < from_step])
+
+
+def _text_of(prompt: Prompt) -> str:
+    """Return the prompt's text: one user turn as it is, a longer conversation with its roles."""
+    if len(prompt.messages) == 1:
+        return prompt.messages[0].content
+    return "\n".join(f"{message.role}: {message.content}" for message in prompt.messages)

@@ -1,0 +1,128 @@
+"""Model directories in Hugging Face's layout: opened with errors that name what is wrong, replaced only when whole."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from qinglan.core.device import Device
+from qinglan.core.errors import InputError
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model directory. Raises `InputError` where the directory or the tokenizer is absent."""
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such directory; expected a Hugging Face model directory")
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory}: holds no config.json; expected a Hugging Face model directory")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{directory}: holds no usable tokenizer ({_first_line(error)}); add tokenizer.json"
+        ) from error
+    return tokenizer
+
+
+def load_weights(auto_class: Any, directory: Path, device: Device, **config_changes: Any) -> PreTrainedModel:
+    """Return a model in fp32 on the device, evaluation mode, dropout 0; `auto_class` is a `transformers` Auto class.
+
+    Raises `InputError` where weights are damaged, missing, or of other shapes than the configuration says.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, **config_changes)
+        turn_off_dropout(config)
+        with _no_progress_bars():
+            model, info = auto_class.from_pretrained(
+                directory, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(
+            f"{directory}: cannot be opened as a model ({_first_line(error)}); the weights may be damaged: "
+            "make or copy them again"
+        ) from error
+    missing = sorted(str(key) for key in info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{directory}: {len(missing)} weights are missing ({missing[0]}, ...); expected a whole "
+            f"{type(model).__name__}; choose another directory"
+        )
+    return prepare(model.to(device.torch_device))
+
+
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Put a model into the state that every loop here expects: evaluation mode and no token that counts as padding.
+
+    `nn.Embedding(padding_idx=...)` never gives that row a gradient, which is wrong where padding is the end token too;
+    and with a `pad_token_id`, GPT-2 warns at each end token that a mask may be missing. Masks come from lengths here.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    embeddings.padding_idx = None
+    trunk: Any = model.base_model
+    for part in (model, trunk):  # the trunk of a loaded model may hold a configuration of its own
+        part.config.get_text_config().pad_token_id = None
+    return model.eval()
+
+
+def turn_off_dropout(config: Any) -> None:
+    """Set every dropout rate of a transformers configuration to 0."""
+    text_config = config.get_text_config()
+    for key, value in text_config.to_dict().items():
+        if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
+            setattr(text_config, key, 0.0)
+
+
+def save_weights(model: PreTrainedModel, directory: Path, *, pad_token_id: int | None) -> None:
+    """Write configuration and safetensors; other tools read the padding token from the configuration."""
+    config = model.config.get_text_config()
+    config.pad_token_id = pad_token_id
+    try:
+        model.save_pretrained(directory)
+    finally:
+        config.pad_token_id = None
+
+
+def write_model_directory(directory: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a directory beside `directory`, then put it in its place.
+
+    Raises `InputError` where the disk is full or the folder cannot be written.
+    """
+    directory = Path(directory)
+    part = directory.with_name(f".{directory.name}.part")
+    old = directory.with_name(f".{directory.name}.old")
+    try:
+        for left_over in (part, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+        part.mkdir(parents=True)
+        write(part)
+        if directory.exists():
+            directory.rename(old)
+        part.rename(directory)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{directory}: cannot write here ({error}); free some space or choose another --out"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

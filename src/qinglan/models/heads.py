@@ -1,0 +1,156 @@
+"""Models with one scalar per token: reward models (score of a whole completion) and value models (value of a state).
+
+A reward model is a causal trunk whose unembedding is replaced by one linear unit (Ouyang et al. 2022, section 3.5;
+Stiennon et al. 2020, section 3.4, give the head's initial spread). The score stands at the last real token, the end
+token where there is one. An offset makes demonstrations score 0 on average (Ouyang et al. 2022, section 3.5); it is
+subtracted from every number that leaves this module, so that a value model that starts as a copy of the reward model
+agrees with it.
+
+Saved as `AutoModelForSequenceClassification` with one label; offset and render hash stand in config.json.
+
+Shapes: B rows, T columns, D hidden units.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from qinglan.core.device import Device
+from qinglan.core.errors import InputError
+from qinglan.core.records import Completion, Prompt, Scorer
+from qinglan.core.rng import stream
+from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
+from qinglan.models.directory import load_tokenizer, load_weights, prepare, save_weights, write_model_directory
+from qinglan.models.language_model import LanguageModel, hidden_states
+from qinglan.models.tokens import TokenBatch, TokenSequence, padded_batches
+
+
+class ScalarModel(NamedTuple):
+    """A trunk with one linear unit on top, and how conversations are written for it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    chat: ChatFormat
+    device: Device
+    offset: float
+    """Subtracted from raw scores and values, in the scores' own unit."""
+    name: str
+
+
+def scalar_model_from(lm: LanguageModel, *, seed: int) -> ScalarModel:
+    """Return a scalar model with a copy of the trunk of `lm` and a new head, weights ~ N(0, 1/(D+1)), no bias."""
+    config = copy.deepcopy(lm.model.config)
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):  # no memory and no random draws for weights that are replaced below
+            model = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise InputError(
+            f"{lm.name}: {type(lm.model).__name__} has no form with a scalar head; choose another model"
+        ) from error
+    setattr(model, model.base_model_prefix, copy.deepcopy(lm.model.base_model))
+    num_hidden = model.score.in_features
+    weight = torch.randn((1, num_hidden), generator=stream(seed, "scalar head")) * (num_hidden + 1) ** -0.5
+    model.score = nn.Linear(num_hidden, 1, bias=False, device=lm.device.torch_device)
+    with torch.no_grad():
+        model.score.weight.copy_(weight)
+    return ScalarModel(prepare(model), lm.tokenizer, lm.chat, lm.device, 0.0, lm.name)
+
+
+def copy_scalar_model(scalar: ScalarModel, name: str | None = None) -> ScalarModel:
+    """Return a model with its own copy of the weights, under a new name if one is given."""
+    return scalar._replace(model=copy.deepcopy(scalar.model), name=scalar.name if name is None else name)
+
+
+def token_values(scalar: ScalarModel, hidden: Tensor) -> Tensor:
+    """Return one number for each token, fp32 [B, T], offset subtracted, from hidden states [B, T, D]."""
+    head: Any = scalar.model.score
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.float(), head.weight.float())[..., 0] - scalar.offset
+
+
+def last_token_scores(scalar: ScalarModel, batch: TokenBatch) -> Tensor:
+    """Return the score of each sequence, fp32 [num sequences] in the order of `batch.sequence_rows`; gradients flow."""
+    hidden = hidden_states(scalar.model, batch)
+    rows = torch.tensor([sequence.row for sequence in batch.sequence_rows], device=hidden.device)
+    last = torch.tensor([sequence.end - 1 for sequence in batch.sequence_rows], device=hidden.device)
+    return token_values(scalar, hidden[rows, last])
+
+
+def score_sequences(scalar: ScalarModel, sequences: Sequence[TokenSequence], max_tokens: int = 8192) -> Tensor:
+    """Return the scores of sequences in the given order, fp32 [n] on the CPU, no gradient.
+
+    Args:
+        scalar: reward model.
+        sequences: prompts with completions.
+        max_tokens: budget of rows * columns of one forward pass.
+    """
+    scores = torch.empty(len(sequences))
+    with torch.no_grad(), scalar.device.autocast():
+        for batch in padded_batches(sequences, max_tokens):
+            indices = [sequence.original for sequence in batch.sequence_rows]
+            scores[indices] = last_token_scores(scalar, batch).cpu()
+    return scores
+
+
+def as_scorer(scalar: ScalarModel, max_tokens: int = 8192) -> Scorer:
+    """Return the reward model as a function (prompts, completions) -> scores.
+
+    A completion that carries token ids is scored on exactly those (they must come from the same tokenizer); one that is
+    only text is written as in training.
+    """
+
+    def score(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
+        sequences = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            prompt_ids = scalar.chat.prompt_ids(prompt.messages)
+            written = completion.token_ids
+            ids = scalar.chat.completion_ids(completion.text) if written is None else list(written)
+            sequences.append(TokenSequence(prompt_ids + ids, len(prompt_ids)))
+        return score_sequences(scalar, sequences, max_tokens).tolist()
+
+    return score
+
+
+def save_scalar_model(scalar: ScalarModel, directory: Path) -> None:
+    """Write a directory that `AutoModelForSequenceClassification` opens, with offset and render hash in config.json.
+
+    `transformers` finds the scored token as the last one that is not padding. Where padding is an end token that
+    would be the token before it, so no padding token is named then, and `transformers` takes one sequence at a time.
+    """
+
+    def write(part: Path) -> None:
+        pad_id = None if scalar.chat.pad_id in scalar.chat.end_ids else scalar.chat.pad_id
+        scalar.model.config.qinglan = {"offset": scalar.offset, "render_hash": scalar.chat.render_hash}
+        save_weights(scalar.model, part, pad_token_id=pad_id)
+        tokenizer_to_save(scalar.chat).save_pretrained(part)
+
+    write_model_directory(directory, write)
+
+
+def load_scalar_model(path: Path | str, device: Device, *, template: TemplateName = "own") -> ScalarModel:
+    """Open a reward or value model; one that was not saved by Qinglan has offset 0.
+
+    Raises `InputError` for what `load_language_model` raises it for, for more than one label, and where conversations
+    would be written otherwise than in training.
+    """
+    directory = Path(path)
+    tokenizer = load_tokenizer(directory)
+    chat = make_chat_format(tokenizer, template)
+    model = load_weights(AutoModelForSequenceClassification, directory, device)
+    if model.config.num_labels != 1:
+        raise InputError(f"{directory}: has {model.config.num_labels} labels; expected a reward model with one")
+    saved = getattr(model.config, "qinglan", {"offset": 0.0, "render_hash": chat.render_hash})
+    if saved["render_hash"] != chat.render_hash:
+        raise InputError(
+            f"{directory}: tokenizer or chat template are not those it was trained with (render hash "
+            f"{chat.render_hash}, trained with {saved['render_hash']}); restore the files, and leave "
+            "--template as in training"
+        )
+    return ScalarModel(model, tokenizer, chat, device, float(saved["offset"]), str(path))

@@ -1,0 +1,145 @@
+"""Capability probes of a base model: what it can do after pretraining, measured greedily on text it has not seen.
+
+A loss that looks good hides much; these rates gate the base family. Each probe gives the beginning of a document and
+what must follow. Documents come from their own streams; sums, entities and wordings marked held out are held out here too.
+"""
+
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+from qinglan.core.rng import stream_seed
+from qinglan.core.run import Measure
+from qinglan.evals.metrics import mean_with_interval
+from qinglan.models.generate import SamplingConfig, generate
+from qinglan.models.language_model import LanguageModel
+from qinglan.tasks import corpus, lexicon, numbers, questions, world
+from qinglan.tasks.item import Draw, Item, mentioned, words
+
+
+class Probe(NamedTuple):
+    """The beginning of a document, and the test of what the model writes after it."""
+
+    beginning: str
+    passes: Callable[[str], bool]
+
+
+def begins_with(expected: str) -> Callable[[str], bool]:
+    """Return the test that a continuation begins with the expected words."""
+    target = words(expected)
+    return lambda text: words(text)[: len(target)] == target
+
+
+def copying(draw: Draw) -> Probe:
+    """Random words, said again."""
+    members = [draw.rng.choice(corpus.WORDS) for _ in range(draw.rng.randrange(3, 9))]
+    text = ", ".join(members)
+    return Probe(f"{text}. Again:", begins_with(text))
+
+
+def digits(draw: Draw) -> Probe:
+    """Random numbers, said again."""
+    members = [str(draw.rng.randrange(10 ** draw.rng.randrange(1, 4))) for _ in range(draw.rng.randrange(3, 7))]
+    text = ", ".join(members)
+    return Probe(f"{text}. Copy:", begins_with(text))
+
+
+def quoting(draw: Draw) -> Probe:
+    """A line quoted by its number."""
+    rng = draw.rng
+    lines = [corpus.plain_sentence(draw, rng.choice(lexicon.ANIMALS), rng.choice(lexicon.TOOLS)) for _ in range(4)]
+    number = rng.randrange(4)
+    numbered = " ".join(f"{place}. {line}" for place, line in enumerate(lines, start=1))
+    return Probe(f"{numbered} Line {number + 1} says:", begins_with(lines[number]))
+
+
+def _answers(item: Item) -> Callable[[str], bool]:
+    pool, value = world.POOLS[item.key["pool"]], item.key["value"]
+    entity = item.key["entity"].split()
+
+    def passes(text: str) -> bool:
+        first = text.split(".")[0]
+        return [name for name in mentioned(first, pool) if name not in entity] == [value]
+
+    return passes
+
+
+def _question(draw: Draw, hops: str, held_out: bool) -> Probe:
+    item = questions.open_question(Draw(draw.rng, held_out))
+    while hops not in item.tags:
+        item = questions.open_question(Draw(draw.rng, held_out))
+    return Probe(f"Question: {item.messages[-1].content} Answer:", _answers(item))
+
+
+def recall(draw: Draw) -> Probe:
+    """A fact asked in a known wording."""
+    return _question(draw, "one_hop", held_out=False)
+
+
+def recall_held_out(draw: Draw) -> Probe:
+    """A fact about a held-out entity, in a held-out wording."""
+    return _question(draw, "one_hop", held_out=True)
+
+
+def two_hops(draw: Draw) -> Probe:
+    """A question of two hops, entity and wording held out."""
+    return _question(draw, "two_hop", held_out=True)
+
+
+def closed_qa(draw: Draw) -> Probe:
+    """A question on a new passage."""
+    story = questions.make_story(draw, 4)
+    slot = draw.rng.choice([name for name in story.slots if name in questions.SLOT_ANSWERS])
+    question = draw.wording(questions.SLOT_QUESTIONS[slot]).format(**story.slots)
+    pool, value = questions.SLOT_POOLS[slot], story.slots[slot]
+    subject = story.slots["who"]
+
+    def passes(text: str) -> bool:
+        named = mentioned(text.split(".")[0], pool)
+        return value in named and not set(named) - {value, subject}
+
+    return Probe(f"{story.text} {question}", passes)
+
+
+def sorting(draw: Draw) -> Probe:
+    """Four words brought in order."""
+    members = draw.rng.sample(corpus.questions_words(), 4)
+    return Probe(f"In order, {', '.join(members)}:", begins_with(", ".join(sorted(members))))
+
+
+def sums(draw: Draw) -> Probe:
+    """A sum of a held-out pair of numbers."""
+    key = numbers.arithmetic(Draw(draw.rng, held_out=True)).key
+    op = "plus" if key["total"] == key["a"] + key["b"] else "minus"
+    return Probe(f"{key['a']} {op} {key['b']} is", begins_with(str(key["total"])))
+
+
+def judging_claims(draw: Draw) -> Probe:
+    """A statement about a held-out entity, true or false."""
+    rng = draw.rng
+    fact = rng.choice([fact for fact in world.facts() if world.held_out_phrase(fact)])
+    true = rng.random() < 0.5
+    value = fact.value if true else rng.choice([v for v in world.POOLS[fact.relation.values] if v != fact.value])
+    claim = world.capital(rng.choice(fact.relation.statements).format(e=fact.entity, v=value))
+    return Probe(f"Claim: {claim} I recall:", lambda text: ("true" in words(text)[:8]) == true and "verdict" in words(text)[:8])
+
+
+PROBES: dict[str, Callable[[Draw], Probe]] = {
+    "copying": copying, "digits": digits, "quoting": quoting, "recall": recall, "recall_held_out": recall_held_out,
+    "two_hops": two_hops, "closed_qa": closed_qa, "sorting": sorting, "sums": sums, "judging_claims": judging_claims,
+}  # fmt: skip
+
+
+def evaluate_base_model(lm: LanguageModel, *, num_items: int = 200, seed: int = 0) -> dict[str, Measure]:
+    """Return the pass rate of every probe with its 95% interval, greedily decoded."""
+    bos = lm.tokenizer.bos_token_id
+    measures = {}
+    for name, make in PROBES.items():
+        rng = random.Random(stream_seed(seed, "probe", name))
+        probes = [make(Draw(rng, held_out=False)) for _ in range(num_items)]
+        prompts = [[bos, *lm.tokenizer(probe.beginning, add_special_tokens=False).input_ids] for probe in probes]
+        config = SamplingConfig(temperature=0.0, max_new_tokens=48)
+        samples = generate(lm, prompts, config, seed=seed)
+        passed = [float(probe.passes(row[0].text)) for probe, row in zip(probes, samples, strict=True)]
+        measures[name] = mean_with_interval(passed, seed=seed)
+    return measures
