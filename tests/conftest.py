@@ -33,7 +33,9 @@ MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("Ġ", "the"), ("a", "n"), ("l", 
 SLIDING_WINDOW = 5
 
 
-def make_tokenizer(pad_is_eos: bool = False, template: str | None = CHATML, bos: bool = False) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    pad_is_eos: bool = False, template: str | None = CHATML, bos: bool = False
+) -> PreTrainedTokenizerFast:
     """Byte-level tokenizer of 256 bytes, a few merges and the control tokens; `<|im_end|>` closes a turn, not eos."""
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [first + second for first, second in MERGES]
     backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, MERGES))

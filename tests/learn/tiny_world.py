@@ -34,8 +34,8 @@ from qinglan.core.records import (
 )
 from qinglan.core.run import Run, Stage
 from qinglan.models.chat import make_chat_format
-from qinglan.models.language_model import LanguageModel
 from qinglan.models.directory import prepare
+from qinglan.models.language_model import LanguageModel
 
 CPU = Device(torch.device("cpu"), torch.float32)
 TEMPLATE = (
@@ -64,7 +64,13 @@ def make_config(kind: str, hidden: int = 16) -> PretrainedConfig:
     grouped = {"num_key_value_heads": 1, "head_dim": hidden // 2}
     if kind == "gpt2":
         return GPT2Config(
-            vocab_size=sizes["vocab_size"], n_positions=128, n_embd=hidden, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+            vocab_size=sizes["vocab_size"],
+            n_positions=128,
+            n_embd=hidden,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=0,
         )
     if kind == "llama":
         return LlamaConfig(**sizes)
@@ -73,7 +79,9 @@ def make_config(kind: str, hidden: int = 16) -> PretrainedConfig:
     if kind == "mistral":
         return MistralConfig(**sizes, **grouped, sliding_window=4)
     if kind == "gemma3":
-        return Gemma3TextConfig(**sizes, **grouped, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
+        return Gemma3TextConfig(
+            **sizes, **grouped, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+        )
     raise AssertionError(kind)
 
 
@@ -89,9 +97,9 @@ class Empty(Config):
     """A run of these tests has no settings."""
 
 
-def make_stage(directory: Path, name: str = "sft", resume: bool = False) -> Stage:
-    run = Run.open(directory, Empty(), seed=0, recipe="test", quiet=True, resume=resume)
-    return run.stage(name)
+def make_stage(directory: Path, name: str) -> Stage:
+    """A stage of a run folder that is not locked, so that a test can start it again in the same process."""
+    return Run(directory, Empty(), seed=0, recipe="test", quiet=True).stage(name)
 
 
 def make_prompt(text: str) -> Prompt:

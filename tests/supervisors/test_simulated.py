@@ -78,7 +78,7 @@ def a_world(num_prompts: int, seed: int):
     return prompts, completions, lambda prompt, completion: table[completion.id]
 
 
-def share_first(config: LabelerConfig, quality, words=(16, 16), count: int = 2000, **shown: object) -> float:
+def share_first(config: LabelerConfig, quality, words=(16, 16), count: int = 1200, **shown: object) -> float:
     """How often one labeler prefers item 0 (a tie counting half) over `count` looks at the same pair."""
     labeler = make_labelers(1, config, 0)[0]
     first, second, prompt = a_completion("a", words[0]), a_completion("b", words[1]), a_prompt()
@@ -117,7 +117,7 @@ def test_an_exact_labeler_orders_by_quality_and_ties_equals():
 def test_planted_noise_gives_the_planted_accuracy():
     # P(prefers the better) = Phi(gap / (noise * sqrt 2))
     share = share_first(EXACT.model_copy(update={"noise": 0.2}), key(a=0.6, b=0.4))
-    assert share == pytest.approx(norm.cdf(0.2 / (0.2 * math.sqrt(2))), abs=0.03)
+    assert share == pytest.approx(norm.cdf(0.2 / (0.2 * math.sqrt(2))), abs=0.04)
 
 
 def test_planted_misunderstanding():
@@ -130,37 +130,37 @@ def test_planted_tie_band():
     # P(tie) = P(|difference| < band), difference ~ N(0, noise * sqrt 2)
     config = EXACT.model_copy(update={"noise": 0.1, "tie_band": 0.1})
     labeler, items, prompt = make_labelers(1, config, 0)[0], [a_completion("a"), a_completion("b")], a_prompt()
-    labels = [compare(labeler, prompt, *items, key(a=0.5, b=0.5), seed=i).label for i in range(2000)]
+    labels = [compare(labeler, prompt, *items, key(a=0.5, b=0.5), seed=i).label for i in range(1200)]
     share = np.mean([len(label.groups) == 1 for label in labels])
-    assert share == pytest.approx(2 * norm.cdf(1 / math.sqrt(2)) - 1, abs=0.03)
+    assert share == pytest.approx(2 * norm.cdf(1 / math.sqrt(2)) - 1, abs=0.04)
 
 
 def test_planted_position_bias():
     config = EXACT.model_copy(update={"noise": 0.1, "position_bias": 0.1})
     equal = key(a=0.5, b=0.5)
     expected = norm.cdf(0.1 / (0.1 * math.sqrt(2)))
-    assert share_first(config, equal, order_shown=(0, 1)) == pytest.approx(expected, abs=0.03)
-    assert share_first(config, equal, order_shown=(1, 0)) == pytest.approx(1 - expected, abs=0.03)
-    assert share_first(config, equal) == pytest.approx(0.5, abs=0.03)
+    assert share_first(config, equal, order_shown=(0, 1)) == pytest.approx(expected, abs=0.04)
+    assert share_first(config, equal, order_shown=(1, 0)) == pytest.approx(1 - expected, abs=0.04)
+    assert share_first(config, equal) == pytest.approx(0.5, abs=0.04)
 
 
 def test_planted_length_bias():
     # Four times as long: two doublings.
     config = EXACT.model_copy(update={"noise": 0.1, "length_bias": 0.04})
     share = share_first(config, key(a=0.5, b=0.5), words=(40, 10))
-    assert share == pytest.approx(norm.cdf(0.08 / (0.1 * math.sqrt(2))), abs=0.03)
+    assert share == pytest.approx(norm.cdf(0.08 / (0.1 * math.sqrt(2))), abs=0.04)
 
 
 def test_planted_laziness_takes_the_order_shown_and_little_time():
     config = EXACT.model_copy(update={"laziness": 0.4})
     labeler = make_labelers(1, config, 0)[0]
     items = [a_completion(name) for name in "abcd"]
-    looks = [rank(labeler, a_prompt(), items, key(a=0.1, b=0.4, c=0.6, d=0.9), seed=i) for i in range(2000)]
+    looks = [rank(labeler, a_prompt(), items, key(a=0.1, b=0.4, c=0.6, d=0.9), seed=i) for i in range(1000)]
     lazy = [seen for seen in looks if tuple(i for (i,) in seen.label.groups) == seen.order_shown]
     # An honest look coincides with the order shown once in 24.
-    assert len(lazy) / len(looks) == pytest.approx(0.4 + 0.6 / 24, abs=0.03)
+    assert len(lazy) / len(looks) == pytest.approx(0.4 + 0.6 / 24, abs=0.04)
     hurried = [seen for seen in looks if seen.seconds_spent <= 3]
-    assert len(hurried) / len(looks) == pytest.approx(0.4, abs=0.03)
+    assert len(hurried) / len(looks) == pytest.approx(0.4, abs=0.04)
     assert all(seen in lazy for seen in hurried)
 
 
@@ -174,8 +174,8 @@ def test_drift_raises_noise_and_moves_weights_with_labels_done():
     assert drifted(labeler, 5000).weights == pytest.approx((1, 0, 0))
     quality = key(a=0.6, b=0.4)
     early, late = share_first(config, quality), share_first(config, quality, position=1000)
-    assert early == pytest.approx(norm.cdf(0.2 / (0.1 * math.sqrt(2))), abs=0.03)
-    assert late == pytest.approx(norm.cdf(0.2 / (0.3 * math.sqrt(2))), abs=0.03)
+    assert early == pytest.approx(norm.cdf(0.2 / (0.1 * math.sqrt(2))), abs=0.04)
+    assert late == pytest.approx(norm.cdf(0.2 / (0.3 * math.sqrt(2))), abs=0.04)
 
 
 def test_groups_disagree_about_what_matters():
@@ -305,7 +305,7 @@ def test_agreement_of_two_labels_by_hand():
 
 def test_bad_input_is_named():
     labeler = make_labelers(1, LabelerConfig(), 0)[0]
-    with pytest.raises(InputError, match="prompt prompt-0: .*two or more"):
+    with pytest.raises(InputError, match=r"prompt prompt-0: .*two or more"):
         rank(labeler, a_prompt(), [a_completion("a")], key(a=1), seed=0)
     with pytest.raises(InputError, match="different ids"):
         compare(labeler, a_prompt(), a_completion("a"), a_completion("a"), key(a=1), seed=0)

@@ -207,6 +207,10 @@ class Run:
             write_text(key_file, key)
         return stage
 
+    def finished(self, stage: str) -> dict[str, Any]:
+        """Return the small result of a finished stage."""
+        return read_json(self.dir / "stages" / stage / "done.json")["result"]
+
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Append one line of metrics; a step that is logged again after a resume replaces the earlier line on reading."""
         line = json.dumps({"stage": stage, "step": step, **metrics})

@@ -212,7 +212,7 @@ def transcript_turns(text: str, field: str) -> tuple[Message, ...]:
         raise RowProblem(field, "no transcript", 'turns that begin with "Human:" and "Assistant:" after an empty line')
     turns = []
     for number, (speaker, said) in enumerate(zip(parts[1::2], parts[2::2], strict=True)):
-        role = "user" if speaker == "Human" else "assistant"
+        role: Role = "user" if speaker == "Human" else "assistant"
         turns.append(Message(role=role, content=text_of(said, f"{field}: turn {number + 1} ({speaker})")))
     return tuple(turns)
 
@@ -252,7 +252,7 @@ def opening_group(messages: Sequence[Message]) -> str:
 def source_of(row: Row, default: Source) -> Source:
     """Return the row's `source` where it is one of ours, else the default."""
     given = row.fields.get("source")
-    return given if given in get_args(Source) else default  # type: ignore[return-value]
+    return next((known for known in get_args(Source) if known == given), default)
 
 
 def split_of(row: Row) -> Split:

@@ -49,7 +49,7 @@ def parse_records(rows: Sequence[Row], problems: list[RowError], notes: Counter[
         try:
             record = record_of(row.fields)
             earlier = found.setdefault(record.id, Placed(row.place, record))
-            if earlier.record != record:
+            if not same_record(earlier.record, record):
                 problem = f"{shown(record.id)} stands already at {earlier.place}, with other content"
                 raise RowProblem("id", problem, "one id for one record", "rename or remove one of the two")
             notes["records that stand more than once, read once"] += earlier.place != row.place
@@ -64,6 +64,11 @@ def parse_records(rows: Sequence[Row], problems: list[RowError], notes: Counter[
                 yield assembled(place, record, found)
         except RowProblem as problem:
             problems.append(problem.at(place))
+
+
+def same_record(first: Record, second: Record) -> bool:
+    """Return whether two records say the same; made again from the same content, a record differs in its date only."""
+    return type(first) is type(second) and first == second.model_copy(update={"created_at": first.created_at})
 
 
 def record_of(fields: Mapping[str, Any]) -> Record:

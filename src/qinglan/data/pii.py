@@ -83,16 +83,21 @@ def iban_fits(code: str) -> bool:
 
 def addresses(text: str) -> list[Found]:
     """Return public IP addresses; private, loopback and documentation ranges point at nobody."""
-    found = []
-    for pattern in (IPV4, IPV6):
-        for match in pattern.finditer(text):
-            try:
-                public = ipaddress.ip_address(match[0]).is_global
-            except ValueError:
-                continue
-            if public:
-                found.append(Found("ip", match.start(), match.end()))
-    return found
+    matches = [*IPV4.finditer(text), *(match for match in IPV6.finditer(text) if not is_name(match[0]))]
+    return [Found("ip", match.start(), match.end()) for match in matches if is_public(match[0])]
+
+
+def is_name(code: str) -> bool:
+    """Return whether something shaped like an IPv6 address is rather a name of a program ("a::b")."""
+    return not digits_of(code) or sum(bool(part) for part in code.split(":")) < 3
+
+
+def is_public(code: str) -> bool:
+    """Return whether a text is a public IP address."""
+    try:
+        return ipaddress.ip_address(code).is_global
+    except ValueError:
+        return False
 
 
 def social_security(text: str) -> list[Found]:

@@ -12,8 +12,9 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow
 from pyarrow import parquet
@@ -190,8 +191,9 @@ def read_json_array(file: Path) -> Iterator[tuple[str, Any]]:
         if text[position : position + 1] not in (",", "]"):
             line += text.count("\n", counted, position)
             raise InputError(f"{file}:{line}: not JSON (neither ',' nor ']' after an element); the file may be cut off")
-    if text[skip_space(text, position + 1) :]:
-        line += text.count("\n", counted, position)
+    end = skip_space(text, position + 1)
+    if end < len(text):
+        line += text.count("\n", counted, end)
         raise InputError(
             f"{file}:{line}: text after the end of the JSON array; expected one array, or one object a line"
         )
@@ -251,9 +253,9 @@ def read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{file}:row {number}", fields
 
 
-def open_bytes(file: Path) -> IO[bytes]:
+def open_bytes(file: Path) -> gzip.GzipFile | BufferedReader:
     """Open a file for reading bytes, unpacking `.gz` on the way."""
-    return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")  # type: ignore[return-value]
+    return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
 
 
 def parse_json(line: bytes) -> Any:

@@ -24,6 +24,7 @@ from qinglan.core.records import (
     Record,
     pairs_of,
 )
+from qinglan.data.own_records import same_record
 
 DemonstrationStyle = Literal["records", "trl", "messages"]
 ComparisonStyle = Literal["records", "k_wise", "trl"]
@@ -93,7 +94,7 @@ def write_records(path: Path | str, records: Iterable[Record]) -> Written:
     path = Path(path)
     distinct: dict[str, Record] = {}
     for record in records:
-        if distinct.setdefault(record.id, record) != record:
+        if not same_record(distinct.setdefault(record.id, record), record):
             raise InputError(f"{path}: two different records have the id {record.id}; give each its own id")
     if path.suffix == ".parquet":
         return write_rows(path, [packed(record) for record in distinct.values()])

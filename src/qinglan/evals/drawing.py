@@ -7,9 +7,10 @@ Ids depend on the drawing only; metadata, dates and namespace addresses are remo
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import matplotlib
@@ -18,6 +19,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from qinglan.core.files import hash_of
+from qinglan.evals.formatting import visible
 
 WIDTH = 400
 """Width of a figure in CSS pixels: two stand side by side on a desk, and one on a phone stays legible."""
@@ -60,7 +62,7 @@ _SERIES = {
 _COLOUR_OF = {name: colour for colour, names in _SERIES.items() for name in names}
 _SPARE = ("proxy", "gold", "ceiling", "larger", "sft", "policy", "base")
 
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qinglan",
     "text.parse_math": False,
@@ -105,10 +107,10 @@ class Canvas(NamedTuple):
         axes.set_axisbelow(True)
         return axes
 
-    def text(self, x: float, y: float, text: str, colour: str = "ink", **style: object) -> None:
+    def text(self, x: float, y: float, text: str, colour: str = "ink", **style: Any) -> None:
         """Write text at pixel (x, y), `y` being its vertical middle unless `va` says otherwise."""
-        place = {"ha": "left", "va": "center_baseline", "fontsize": 12, "color": ink(colour), **style}
-        self.figure.text(x / self.width, 1 - y / self.height, text, **place)
+        place: dict[str, Any] = {"ha": "left", "va": "center_baseline", "fontsize": 12, "color": ink(colour), **style}
+        self.figure.text(x / self.width, 1 - y / self.height, visible(text), **place)
 
 
 @contextmanager
@@ -124,7 +126,8 @@ def to_svg(drawing: Canvas) -> str:
     """Return the drawing as an SVG element for an HTML page: no prolog, no address, no fixed font, themed colours."""
     out = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's fonts will have it
         drawing.figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     root = ElementTree.fromstring(out.getvalue())
     _drop_styles(root)

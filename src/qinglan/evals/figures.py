@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter
 from qinglan.core.run import Measure
 from qinglan.evals import marks
 from qinglan.evals.drawing import WIDTH, Canvas, canvas, ink, series_colours, to_svg
-from qinglan.evals.formatting import NOT_MEASURED, is_finite, is_percent, write_number, write_value
+from qinglan.evals.formatting import NOT_MEASURED, is_finite, is_percent, visible, write_number, write_value
 from qinglan.evals.metrics import Bin
 
 SUBLINE = 16
@@ -154,7 +154,7 @@ def agreement_bars(measures: Mapping[str, Measure], *, chance: float | None = 0.
     tall = float(ROW * max(1, len(measures)))
     with canvas(width, top + tall + 24) as sheet:
         axes = sheet.axes(left, top, width - left - 104, tall)
-        ends = [v for m in measures.values() for v in (m.value, m.high) if v is not None and is_finite(v)]
+        ends = [v for m in measures.values() for v in (m.value, m.high) if is_finite(v)]
         axes.set_xlim(0, max([1.0 if is_percent(unit) else 0.0, *ends]) or 1.0)
         axes.set_ylim(len(measures) or 1, 0)
         marks.value_axis(axes, unit)
@@ -162,7 +162,7 @@ def agreement_bars(measures: Mapping[str, Measure], *, chance: float | None = 0.
             colour = "ceiling" if name.startswith("labeler") else "proxy" if name.startswith("reward") else "base"
             middle = top + ROW * (place + 0.5)
             marks.row_label(sheet, name, middle)
-            if measure.value is not None and is_finite(measure.value):
+            if is_finite(measure.value):
                 axes.barh(place + 0.5, measure.value, height=0.42, color=ink(colour), alpha=0.25, linewidth=0)
             marks.interval_dot(axes, measure, place + 0.5, colour)
             marks.value_column(sheet, measure, middle, colour)
@@ -184,8 +184,8 @@ def overoptimization(curves: Sequence[ScoreCurve], *, width: float = WIDTH) -> s
             colour = colours[curve.name]
             for distance, score in zip(curve.distances, curve.scores, strict=True):
                 marks.interval_point(axes, distance, score, colour)
-            line = curve.fitted or [(d, s.value) for d, s in zip(curve.distances, curve.scores, strict=True)]
-            finite = [(d, s) for d, s in line if s is not None and is_finite(s)]
+            line = curve.fitted or zip(curve.distances, (score.value for score in curve.scores), strict=True)
+            finite = [(d, s) for d, s in line if is_finite(s)]
             if finite:
                 style = "-" if curve.fitted else ":"
                 axes.plot(*zip(*finite, strict=True), color=ink(colour), linewidth=1.8, linestyle=style)
@@ -226,7 +226,10 @@ def reliability(bins: Sequence[Bin], *, counted: str = "pairs", width: float = W
         bottom = marks.value_limits([b.observed for b in bins], lowest, "rate")[0]
         axes.set_ylim(min(bottom, lowest - 0.02), 1.02)
         axes.plot([0, 1], [0, 1], color=ink("muted"), linewidth=1, linestyle=marks.DASHED)
-        axes.text(0.98, 0.05, "dashed: perfect calibration", color=ink("muted"), fontsize=11, ha="right")
+        where = axes.transAxes
+        axes.text(
+            0.98, 0.05, "dashed: perfect calibration", color=ink("muted"), fontsize=11, ha="right", transform=where
+        )
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: marks.tick(y, "rate")))
         axes.grid(color=ink("rule"), linewidth=0.8)
         axes.tick_params(labelbottom=False)
@@ -236,8 +239,7 @@ def reliability(bins: Sequence[Bin], *, counted: str = "pairs", width: float = W
             counts.bar(middle, group.observed.n, width=wide, color=ink("proxy"), alpha=0.28, linewidth=0)
             if group.observed.n and len(bins) <= 12:
                 label, spot = write_number(group.observed.n), (middle, group.observed.n)
-                style = {"textcoords": "offset points", "ha": "center", "fontsize": 10, "color": ink("muted")}
-                counts.annotate(label, spot, (0, 3), **style)
+                marks.note(counts, label, spot, (0, 3), ha="center", fontsize=10, color=ink("muted"))
         counts.set_ylim(0, 1.45 * largest or 1)
         counts.set_yticks([])
         if largest == 0:
@@ -264,14 +266,14 @@ def accuracy_by_gap(bins: Mapping[str, Measure], *, agreement: Measure | None = 
         axes.set_xlim(-0.5, count - 0.5)
         axes.axhline(0.5, color=ink("muted"), linewidth=1.2, linestyle=marks.DASHED)
         axes.text(count - 0.52, 0.505, "chance", color=ink("muted"), fontsize=11, ha="right", va="bottom")
-        if agreement is not None and agreement.value is not None and is_finite(agreement.value):
-            if marks.has_interval(agreement):
-                axes.axhspan(agreement.low, agreement.high, color=ink("ceiling"), alpha=0.14, linewidth=0)
+        if agreement is not None and is_finite(agreement.value):
+            if ends := marks.ends_of(agreement):
+                axes.axhspan(*ends, color=ink("ceiling"), alpha=0.14, linewidth=0)
             axes.axhline(agreement.value, color=ink("ceiling"), linewidth=1.4)
             marks.name_ends(axes, [(count - 0.5, agreement.value, "labelers\nagree", "ceiling")])
         axes.grid(axis="y", color=ink("rule"), linewidth=0.8)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: marks.tick(y, "rate")))
-        ticks = [f"{label}\nn={write_number(m.n)}" for label, m in bins.items()]
+        ticks = [f"{visible(label)}\nn={write_number(m.n)}" for label, m in bins.items()]
         axes.set_xticks(range(count), ticks, fontsize=10.5 if count <= 6 else 9)
         sheet.text(0, 10, "pairs ordered as the labelers did", "muted", fontsize=11)
         sheet.text(44, height - 10, "difference of the two scores (logits)", "muted", fontsize=11)

@@ -1,10 +1,12 @@
-"""How numbers are written for people: on the report page, in its figures and on the terminal.
+"""How numbers and untrusted texts are written for people: on the report page, in its figures and on the terminal.
 
 A number keeps about three digits, an interval has as many decimals as its value, and what was not measured says so.
 Measures whose unit is a rate are written in percent; `report.json` keeps them between 0 and 1.
 """
 
 import math
+from typing import TypeGuard
+from unicodedata import category
 
 from qinglan.core.run import Measure
 
@@ -14,7 +16,7 @@ PERCENT_UNITS = frozenset(
 )
 
 
-def is_finite(value: float | None) -> bool:
+def is_finite(value: float | None) -> TypeGuard[float]:
     """Return True for a number that can be written; None, NaN and the infinities are not."""
     return value is not None and math.isfinite(value)
 
@@ -61,6 +63,21 @@ def write_interval(measure: Measure) -> str:
     decimals = _decimals(measure)
     low, high = (write_number(end, measure.unit, decimals) for end in (measure.low, measure.high))
     return f"[{low}, {high}]".replace("%,", ",").replace("%]", "]")
+
+
+def visible(text: str) -> str:
+    """Return the text with control characters, reading-direction marks and lone surrogates replaced by visible symbols.
+
+    Newlines and tabs stay. Such characters would break the file, or change what readers see of an untrusted text.
+    """
+    return "".join(c if c in "\n\t" or category(c) not in ("Cc", "Cf", "Cs") else _symbol(c) for c in text)
+
+
+def _symbol(character: str) -> str:
+    code = ord(character)
+    if code in (0x200C, 0x200D):  # joiners, needed by scripts and emoji
+        return character
+    return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
 
 
 def _decimals(measure: Measure) -> int | None:

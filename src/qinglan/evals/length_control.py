@@ -1,7 +1,8 @@
 """Win rates at equal lengths, beside the raw ones: longer completions please judges, and policies learn it.
 
 Two answers to the same question: a regression in the spirit of AlpacaEval-LC (Dubois et al. 2024), and matching within
-buckets of length difference (as Stiennon et al. 2020 ask for), which assumes less and uses fewer prompts.
+buckets of length difference (as Stiennon et al. 2020 ask for), which assumes less, uses fewer prompts, and leaves a
+little of the length effect inside the widest bucket (a planted 0.50 with a raw rate of 0.73 came out as 0.51).
 
 Departures from AlpacaEval-LC: no terms for each prompt's difficulty or each model, as there is one pair of models and
 few prompts; preferences may be soft (the mean over judges and orders); differences are scaled by their root mean square
@@ -72,8 +73,8 @@ def _fit(weights: np.ndarray, pairs: _Pairs, start: np.ndarray) -> np.ndarray:
         # Steps are bounded because a full Newton step overshoots where p is near 0 or 1.
         step = np.clip(np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0], -2.0, 2.0)
         coef = coef + step
-        if np.abs(step).max() < 1e-5:
-            break
+        if np.abs(step).max() < 1e-4:
+            break  # Newton converges quadratically: what is left is about 1e-8
     return coef
 
 
@@ -84,7 +85,8 @@ def length_matched_win_rate(
 
     Prompts are put into five buckets by the size of the length difference. A bucket's win rate is the mean of two: over
     prompts where the first side is longer, and where it is shorter; prompts of equal lengths are a bucket of their own.
-    Buckets count by their number of prompts; those with one side only have no match and are left out of n. Value None
+    A bucket with m longer and n shorter prompts weighs 4 m n / (m + n) (Mantel and Haenszel 1959): their number if the
+    sides are even, little if one is rare. Buckets with one side only have no match and are left out of n; value None
     where no bucket has both.
     """
     pairs = _scaled(preferences, first_lengths, second_lengths, groups)
@@ -106,8 +108,7 @@ def length_matched_win_rate(
     def matched(weights: np.ndarray) -> np.ndarray:
         won = (weights @ won_by_group).reshape(len(weights), -1, 2)
         total = (weights @ count_by_group).reshape(len(weights), -1, 2)
-        has_both = (total > 0).all(axis=2)
-        mass = np.where(has_both, total.sum(axis=2), 0.0)
+        mass = 4 * total.prod(axis=2) / np.maximum(total.sum(axis=2), 1.0)
         mass[:, 0] /= 2  # stood on both sides
         rates = (won / np.maximum(total, 1.0)).mean(axis=2)
         with np.errstate(invalid="ignore"):  # a resample without any match is undefined: NaN

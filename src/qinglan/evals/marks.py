@@ -2,21 +2,36 @@
 
 from collections.abc import Mapping, Sequence
 from textwrap import wrap
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from qinglan.core.run import Measure
 from qinglan.evals.drawing import MARKERS, Canvas, ink
-from qinglan.evals.formatting import NOT_MEASURED, is_finite, is_percent, write_interval, write_number, write_value
+from qinglan.evals.formatting import (
+    NOT_MEASURED,
+    is_finite,
+    is_percent,
+    visible,
+    write_interval,
+    write_number,
+    write_value,
+)
 
 ROUND_STEPS = [1, 2, 2.5, 5, 10]
 DASHED, DOTTED = (0, (3, 3)), (0, (1, 2.5))
 
 
-def has_interval(measure: Measure) -> bool:
-    """Return True if both ends of the interval are known."""
-    return is_finite(measure.low) and is_finite(measure.high)
+def ends_of(measure: Measure) -> tuple[float, float] | None:
+    """Return both ends of the interval, or None if one is not known."""
+    return (measure.low, measure.high) if is_finite(measure.low) and is_finite(measure.high) else None
+
+
+def note(axes: Axes, text: str, spot: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
+    """Write text at `spot` in data coordinates, moved by `offset` pixels; it may stand outside the axes."""
+    style = {"fontsize": 11, "annotation_clip": False, **style}
+    axes.annotate(visible(text), spot, offset, textcoords="offset points", **style)
 
 
 def interval_dot(axes: Axes, measure: Measure, y: float, colour: str, size: float = 7.5) -> None:
@@ -25,9 +40,8 @@ def interval_dot(axes: Axes, measure: Measure, y: float, colour: str, size: floa
         left = axes.get_xlim()[0]
         axes.text(left, y, f" {NOT_MEASURED}", color=ink("muted"), fontsize=11, va="center", style="italic")
         return
-    if has_interval(measure):
-        line = {"linewidth": size / 3, "alpha": 0.55, "solid_capstyle": "round"}
-        axes.plot([measure.low, measure.high], [y, y], color=ink(colour), **line)
+    if ends := ends_of(measure):
+        axes.plot(ends, [y, y], color=ink(colour), linewidth=size / 3, alpha=0.55, solid_capstyle="round")
     _dot(axes, measure.value, y, colour, size)
 
 
@@ -35,13 +49,12 @@ def interval_point(axes: Axes, x: float, measure: Measure, colour: str) -> None:
     """Draw a dot and its 95% interval on a vertical line; nothing if it was not measured."""
     if not is_finite(measure.value):
         return
-    if has_interval(measure):
-        line = {"linewidth": 1.8, "alpha": 0.5, "solid_capstyle": "round"}
-        axes.plot([x, x], [measure.low, measure.high], color=ink(colour), **line)
+    if ends := ends_of(measure):
+        axes.plot([x, x], ends, color=ink(colour), linewidth=1.8, alpha=0.5, solid_capstyle="round")
     _dot(axes, x, measure.value, colour, 6)
 
 
-def _dot(axes: Axes, x: float | None, y: float | None, colour: str, size: float) -> None:
+def _dot(axes: Axes, x: float, y: float, colour: str, size: float) -> None:
     axes.plot([x], [y], marker=MARKERS[colour], markersize=size, color=ink(colour), markeredgewidth=0, clip_on=False)
 
 
@@ -49,8 +62,8 @@ def band(axes: Axes, measure: Measure, top: float, bottom: float, colour: str) -
     """Draw a measure as a vertical line through a row, with its interval as a shade."""
     if not is_finite(measure.value):
         return
-    if has_interval(measure):
-        axes.fill_betweenx([top, bottom], measure.low, measure.high, color=ink(colour), alpha=0.2, linewidth=0)
+    if ends := ends_of(measure):
+        axes.fill_betweenx([top, bottom], *ends, color=ink(colour), alpha=0.2, linewidth=0)
     axes.plot([measure.value] * 2, [top, bottom], color=ink(colour), linewidth=2, solid_capstyle="butt")
 
 
@@ -66,23 +79,23 @@ def level(sheet: Canvas, axes: Axes, value: float, label: str, top: float) -> No
 def name_dot(axes: Axes, measure: Measure, y: float, name: str, colour: str) -> None:
     """Write a series' name beside its interval, on the side where there is room."""
     low, high = axes.get_xlim()
-    start, end = (v if v is not None and is_finite(v) else measure.value for v in (measure.low, measure.high))
-    fits_right = end is not None and (high - end) / (high - low) > 0.045 * len(name) + 0.06
+    if not is_finite(measure.value):
+        return
+    start, end = ends_of(measure) or (measure.value, measure.value)
+    fits_right = (high - end) / (high - low) > 0.045 * len(name) + 0.06
     spot, offset, align = (end, 9, "left") if fits_right else (start, -9, "right")
-    style = {"textcoords": "offset points", "ha": align, "va": "center", "fontsize": 11}
-    axes.annotate(name, (spot, y), (offset, 0), color=ink(colour), annotation_clip=False, **style)
+    note(axes, name, (spot, y), (offset, 0), color=ink(colour), ha=align, va="center")
 
 
 def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write names right of the lines' last points (x, y, name, colour), pushed apart where they would overlap."""
     low, high = axes.get_ylim()
-    pixels = axes.get_position().height * axes.figure.get_size_inches()[1] * 72
+    pixels = axes.get_window_extent().height
     lowest = low
     for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
         at = max(y, lowest)
         lowest = at + 14 * (high - low) / pixels
-        style = {"textcoords": "offset points", "va": "center", "fontsize": 11}
-        axes.annotate(name, (x, at), (8, 0), color=ink(colour), annotation_clip=False, **style)
+        note(axes, name, (x, at), (8, 0), color=ink(colour), va="center")
 
 
 def label_width(labels: Sequence[str], width: float) -> float:
@@ -118,7 +131,7 @@ def value_column(
 
 def value_limits(measures: Sequence[Measure], reference: float | None, unit: str) -> tuple[float, float]:
     """Return the limits of a value axis that holds all intervals and the reference, with some air."""
-    values = [v for m in measures for v in m[:3] if isinstance(v, int | float) and is_finite(v)]
+    values = [v for m in measures for v in (m.value, m.low, m.high) if is_finite(v)]
     values += [reference] if reference is not None else []
     if not values:
         return 0.0, 1.0
@@ -161,10 +174,10 @@ def gap_bar(axes: Axes, rows: Mapping[str, Measure], y: float, colours: Mapping[
     """
     places = {key: place + 0.5 for place, key in enumerate(rows)}
     values = [rows[key].value if key in rows else None for key in ("floor", "student", "ceiling")]
-    floor, student, ceiling = (v if v is not None and is_finite(v) else None for v in values)
-    if floor is None or student is None or ceiling is None:
+    if not all(is_finite(value) for value in values):
         return
-    track = {"solid_capstyle": "butt", "linewidth": 9}
+    floor, student, ceiling = (value for value in values if is_finite(value))
+    track: dict[str, Any] = {"solid_capstyle": "butt", "linewidth": 9}
     axes.plot([floor, ceiling], [y, y], color=ink("rule"), **track)
     axes.plot([floor, student], [y, y], color=ink(colours["student"]), **track)
     for value, key in ((floor, "floor"), (ceiling, "ceiling")):
@@ -176,8 +189,8 @@ def mark_peak(axes: Axes, fitted: Sequence[tuple[float, float]], colour: str) ->
     place = max(range(len(fitted)), key=lambda i: fitted[i][1])
     if 0 < place < len(fitted) - 1:
         distance, score = fitted[place]
-        style = {"textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 11, "color": ink(colour)}
-        axes.annotate(f"turns down at √KL {write_number(distance)}", (distance, score), (0, -12), **style)
+        text = f"turns down at √KL {write_number(distance)}"
+        note(axes, text, (distance, score), (0, -12), color=ink(colour), ha="center", va="top")
         axes.axvline(distance, color=ink(colour), linewidth=1, linestyle=DOTTED)
 
 

@@ -7,11 +7,12 @@ markup. Numbers stand with their 95% interval and n; what was not measured says 
 
 import math
 import re
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from xml.etree import ElementTree
 
 import jinja2
 from markupsafe import Markup
@@ -22,12 +23,16 @@ from qinglan.core.rng import permutation
 from qinglan.core.run import Measure, Report
 from qinglan.evals.drawing import PALETTE, series_colours
 from qinglan.evals.figures import headline_rows
-from qinglan.evals.formatting import is_finite, is_percent, write_interval, write_number, write_value
+from qinglan.evals.formatting import is_finite, is_percent, visible, write_interval, write_number, write_value
 
 Cell = str | int | float | Measure | None
 ROW_NAMES = {"floor": "Floor", "student": "Student", "ceiling": "Ceiling", "gap_recovered": "Gap recovered"}
 LONG_TEXT = 600
 """A text of a transcript longer than this many characters is folded after its first part."""
+
+
+SVG_ELEMENTS = frozenset({"svg", "g", "defs", "path", "use", "text", "clipPath", "rect"})
+"""What a drawing may consist of."""
 
 
 class Figure(NamedTuple):
@@ -129,7 +134,27 @@ def write_page(path: Path, page: Page) -> Path:
 
 def render_page(page: Page) -> str:
     """Return the page as HTML. The same page gives the same text."""
-    folder = resources.files("qinglan.evals") / "templates"
+    style = _palette_css() + _package_file("report.css")
+    rows = {key: row for key, row in page.rows.items() if key != "gap_recovered"}
+    names = {**{key: key.replace("_", " ") for key in rows}, **ROW_NAMES, **page.row_names}
+    return _template().render(
+        page=page,
+        style=Markup(style),  # our own file, no user's text
+        anchors=_anchors(section.title for section in page.sections),
+        wide=headline_rows(page.rows, names, width=560) if rows else "",
+        narrow=headline_rows(page.rows, names, width=360) if rows else "",
+        alt=_rows_as_sentence(page.rows, names),
+        counts=_counts(rows, names),
+        colours=series_colours(_models(page)),
+    )
+
+
+def _package_file(name: str) -> str:
+    return (resources.files("qinglan.evals") / "templates" / name).read_text(encoding="utf-8")
+
+
+@cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -145,24 +170,9 @@ def render_page(page: Page) -> str:
         "lines": flatten,
         "duration": write_duration,
     }
-    environment.tests |= {"text": lambda cell: isinstance(cell, str), "finite": is_finite}
-    template = environment.from_string((folder / "report.html").read_text(encoding="utf-8"))
-    style = _palette_css() + (folder / "report.css").read_text(encoding="utf-8")
-    rows = {key: row for key, row in page.rows.items() if key != "gap_recovered"}
-    names = {**{key: key.replace("_", " ") for key in rows}, **ROW_NAMES, **page.row_names}
-    html = template.render(
-        page=page,
-        style=Markup(style),  # our own file, no user's text
-        anchors=_anchors(section.title for section in page.sections),
-        row_names=names,
-        kind_names=ROW_NAMES,
-        wide=headline_rows(page.rows, names, width=560) if rows else "",
-        narrow=headline_rows(page.rows, names, width=360) if rows else "",
-        alt=_rows_as_sentence(page.rows, names),
-        counts=_counts(rows, names),
-        colours=series_colours(_models(page)),
-    )
-    return html.encode("utf-8", errors="replace").decode("utf-8")  # a lone surrogate cannot be written
+    tests: dict[str, Callable[[Any], bool]] = {"text": lambda cell: isinstance(cell, str), "finite": is_finite}
+    environment.tests |= tests
+    return environment.from_string(_package_file("report.html"))
 
 
 def headline(report: Report, names: Sequence[str] = ()) -> str:
@@ -201,21 +211,6 @@ def _markdown_row(name: str, m: Measure) -> str:
 
 def _spare_unit(measure: Measure) -> str:
     return "" if is_percent(measure.unit) else measure.unit
-
-
-def visible(text: str) -> str:
-    """Return the text with control characters, and those that reverse the reading direction, made visible.
-
-    Newlines and tabs stay. A model that writes "\\x00" or a right-to-left override must not change what readers see.
-    """
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else _symbol(c) for c in text)
-
-
-def _symbol(character: str) -> str:
-    code = ord(character)
-    if code in (0x200C, 0x200D):  # joiners, needed by scripts and emoji
-        return character
-    return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
 
 
 def fold(text: str) -> tuple[str, str]:
@@ -274,8 +269,13 @@ def _breakable(name: str) -> Markup:
 
 def _trusted_svg(svg: str) -> Markup:
     """Let a drawing of `evals/figures.py` into the page; a drawing with scripts or addresses is a defect."""
-    if not svg.startswith("<svg") or re.search(r"<(script|foreignObject|image|a)\b|\son\w+=|href=\"(?!#)", svg):
-        raise ValueError("a figure's svg must come from evals/figures.py: one <svg> element without scripts or links")
+    root = ElementTree.fromstring(svg)
+    for element in root.iter():
+        names_outside = [v for k, v in element.attrib.items() if k.rpartition("}")[2] == "href" and v[:1] != "#"]
+        if element.tag not in SVG_ELEMENTS or names_outside or any(name.startswith("on") for name in element.attrib):
+            raise ValueError(
+                "a figure's svg must come from evals/figures.py, without scripts, links or markup of its own"
+            )
     return Markup(svg)
 
 
@@ -284,7 +284,7 @@ def _palette_css() -> str:
     return (
         f":root{{color-scheme:light dark;{light}}}\n"
         f"@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
-        "@media print{:root{color-scheme:light}}\n"
+        "@media print{:root{color-scheme:light;--paper:#fff}}\n"
     )
 
 

@@ -1,9 +1,9 @@
 """Alarms while a policy is trained: the five ways in which reinforcement learning from a learned score goes wrong.
 
-KL jump, length drift, entropy collapse, scores beyond the range seen when the reward model was trained, and the gold score
-falling while the proxy score rises (Gao et al. 2022). An alarm is a message, never a stop: the run goes on and its report
-shows what happened. Pure functions of the iterations logged so far, so that a resumed run raises the same alarms.
-"""
+KL jump, length drift, entropy collapse, scores beyond the range seen when the reward model was trained, and the gold
+score falling while the proxy score rises (Gao et al. 2022). An alarm is a message, never a stop: the run goes on and
+its report shows what happened. Pure functions of the iterations logged so far, so that a resumed run raises the same
+alarms."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,7 +23,8 @@ class AlarmConfig(Config):
     kl_jump: float = Field(default=5.0, gt=0)
     """Rise of the KL from one iteration to the next, in nats per completion."""
     length_drift: float = Field(default=0.5, gt=0)
-    """Change of the mean length against the first iterations, as a fraction of it, up or down (Stiennon et al. 2020)."""
+    """Change of the mean length against the first iterations, as a fraction of it, up or down (Stiennon et al.
+    2020)."""
     entropy_collapse: float = Field(default=0.2, gt=0, lt=1)
     """The entropy counts as collapsed below this fraction of the first iterations' entropy."""
     share_outside_range: float = Field(default=0.25, gt=0, le=1)

@@ -1,8 +1,7 @@
 """Checks before the first update: each stops a run that would train on something other than what it seems to.
 
-All are runtime checks that fail loudly with an `InputError` and return the number they measured, which is logged. They cost
-one forward pass over a few sequences.
-"""
+All are runtime checks that fail loudly with an `InputError` and return the number they measured, which is logged.
+They cost one forward pass over a few sequences."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,7 +22,8 @@ from qinglan.models.language_model import (
 from qinglan.models.tokens import collate
 
 MAX_RATIO_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.2}
-"""How far the probability ratio of one token may be from 1 while the weights are the same, by the dtype of the matmuls."""
+"""How far the probability ratio of one token may be from 1 while the weights are the same, by the dtype of the
+matmuls."""
 MAX_MEAN_RATIO_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """The same for the mean ratio of all tokens: a wrong temperature or mask shifts it, rounding does not."""
 MAX_PADDING_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.2}
@@ -70,9 +70,10 @@ def check_ratio(largest: float, mean: float, dtype: torch.dtype, where: str) -> 
     """
     if not (largest <= MAX_RATIO_ERROR[dtype] and mean <= MAX_MEAN_RATIO_ERROR[dtype]):
         raise InputError(
-            f"{where}: before any update the ratio of new to old probabilities must be 1; the largest error of a token is "
-            f"{largest:.1e} (at most {MAX_RATIO_ERROR[dtype]:.0e}), that of the mean {mean:.1e} (at most "
-            f"{MAX_MEAN_RATIO_ERROR[dtype]:.0e}); sampler and trainer disagree; set old_logprobs to recompute and report it"
+            f"{where}: before any update the ratio of new to old probabilities must be 1; the largest error of a token "
+            f"is {largest:.1e} (at most {MAX_RATIO_ERROR[dtype]:.0e}), that of the mean {mean:.1e} (at most "
+            f"{MAX_MEAN_RATIO_ERROR[dtype]:.0e}); sampler and trainer disagree; set old_logprobs to "
+            "recompute and report it"
         )
 
 
@@ -95,8 +96,8 @@ def check_padding_invariance(
             error, what = score_error, f"scores of {scalar.name}"
     if not error <= MAX_PADDING_ERROR[dtype]:
         raise InputError(
-            f"{where}: {what} change by {error:.2e} with the other rows of a batch (at most {MAX_PADDING_ERROR[dtype]:.0e}); "
-            "padding or positions leak; this architecture is not supported as it is"
+            f"{where}: {what} change by {error:.2e} with the other rows of a batch (at most "
+            f"{MAX_PADDING_ERROR[dtype]:.0e}); padding or positions leak; this architecture is not supported as it is"
         )
     return error
 
@@ -110,8 +111,8 @@ def check_end_token_supervised(chat: ChatFormat, batch: TokenBatch, where: str) 
         last = int(batch.input_ids[row, end - 1])
         if last not in chat.end_ids or not bool(batch.target_mask[row, end - 1]):
             raise InputError(
-                f"{where}: a completion ends in token {last}, taught: {bool(batch.target_mask[row, end - 1])}; expected an "
-                f"end token (one of {sorted(chat.end_ids)}) among the targets; correct the chat template's end"
+                f"{where}: a completion ends in token {last}, taught: {bool(batch.target_mask[row, end - 1])}; expected "
+                f"an end token (one of {sorted(chat.end_ids)}) among the targets; correct the chat template's end"
             )
 
 
@@ -131,6 +132,6 @@ def check_disjoint_splits(parts: Mapping[str, Sequence[Prompt]]) -> None:
             owner = owners.setdefault(prompt.prompt_group_id, name)
             if owner != name:
                 raise InputError(
-                    f"prompt group {prompt.prompt_group_id} stands in both {owner} and {name} (prompt {prompt.id}); expected "
-                    "each group on one side; split by prompt_group_id"
+                    f"prompt group {prompt.prompt_group_id} stands in both {owner} and {name} (prompt {prompt.id}); "
+                    "expected each group on one side; split by prompt_group_id"
                 )

@@ -53,7 +53,8 @@ class PPOConfig(Config):
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     """Lambda of GAE (Stiennon et al. 2020: 0.95)."""
     whiten_advantages: bool = True
-    """Shift and scale the advantages of "gae" to mean 0 and variance 1, once per rollout; "reinforce_pp" always does."""
+    """Shift and scale the advantages of "gae" to mean 0 and variance 1, once per rollout; "reinforce_pp" always
+    does."""
     whiten_rewards: bool = False
     """Scale the token rewards of a rollout to variance 1, keeping their mean (Huang et al. 2024)."""
     scale_scores: bool = False
@@ -64,16 +65,19 @@ class PPOConfig(Config):
     kl_coef: float = Field(default=0.05, ge=0)
     """Beta, the price of KL to the reference policy in score per nat (InstructGPT: 0.02; Stiennon et al.: 0.05)."""
     target_kl_per_completion: float | None = Field(default=None, gt=0)
-    """KL that an adaptive coefficient aims at, in nats per completion (Ziegler et al.: 6); default: fixed coefficient."""
+    """KL that an adaptive coefficient aims at, in nats per completion (Ziegler et al.: 6); default: fixed
+    coefficient."""
     kl_horizon: float = Field(default=10_000, gt=0)
     """Horizon of the adaptive coefficient, in episodes (Ziegler et al. 2019: 10,000)."""
 
     missing_eos: MissingEOS = "subtract"
-    """Completions cut at the length limit: take the penalty off their score, replace the score by minus it, or keep it."""
+    """Completions cut at the length limit: take the penalty off their score, replace the score by minus it, or keep
+    it."""
     missing_eos_penalty: float = Field(default=1.0, ge=0)
     """The penalty, in units of the score (Stiennon et al. 2020 replace by -1)."""
     truncated: Literal["terminal", "bootstrap"] = "terminal"
-    """A completion cut at the limit ends there; or it goes on, and its value estimate stands in for score and penalty."""
+    """A completion cut at the limit ends there; or it goes on, and its value estimate stands in for score and
+    penalty."""
 
     ptx_coef: float = Field(default=0.0, ge=0)
     """Gamma, the weight of the pretraining gradient in every policy step (InstructGPT, PPO-ptx: 27.8; PPO: 0)."""
@@ -131,7 +135,7 @@ class PPOConfig(Config):
         sampling = self.sampling
         if sampling.top_p < 1 or sampling.top_k > 0:
             raise ValueError(
-                "sampling: top_p below 1 and top_k above 0 sample from another distribution than the one that is trained; "
+                "sampling: top_p below 1 and top_k above 0 sample from another distribution than the one trained; "
                 "set top_p 1 and top_k 0"
             )
         if sampling.temperature == 0:
@@ -141,10 +145,9 @@ class PPOConfig(Config):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         for name in ("samples_per_prompt", "minibatch_episodes"):
-            if self.episodes_per_iteration % getattr(self, name):
-                raise ValueError(
-                    f"episodes_per_iteration {self.episodes_per_iteration} is no multiple of {name} {getattr(self, name)}"
-                )
+            part, whole = getattr(self, name), self.episodes_per_iteration
+            if whole % part:
+                raise ValueError(f"episodes_per_iteration {whole} is no multiple of {name} {part}")
         if self.estimator in ("rloo", "grpo") and self.samples_per_prompt < 2:
             raise ValueError(f"estimator {self.estimator} compares completions: set samples_per_prompt to 2 or more")
         if self.truncated == "bootstrap" and self.estimator != "gae":

@@ -289,7 +289,7 @@ def update(
 ) -> float:
     """Take step number `step` (from 0) and return its loss. Raises `InputError`, before the step, if not finite."""
     loss = block_loss(lm, batch)
-    value = check_finite(float(loss), "the loss", where)
+    value = check_finite(float(loss.detach()), "the loss", where)
     loss.backward()
     check_finite(clip_gradients(lm.model, config.max_grad_norm), "the gradient's norm", where)
     factor = config.rate_factor(step)

@@ -226,8 +226,8 @@ def update(
     for part in micro_batches(groups, config.max_tokens):
         result = group_ranking_loss(score_groups(scalar, part, config), pair_targets(part, len(groups), scalar))
         result.loss.backward()
-        loss += float(result.loss)
-        num_correct += float(result.num_correct)
+        loss += result.loss.item()
+        num_correct += result.num_correct.item()
         num_decided += result.num_decided
         num_pairs += sum(len(group.pairs) for group in part)
     check_finite(loss, "the loss", where)
@@ -302,10 +302,10 @@ def evaluate_groups(scalar: ScalarModel, groups: Sequence[EncodedGroup], config:
             group_ranking_loss(score_groups(scalar, part, config), pair_targets(part, len(groups), scalar))
             for part in micro_batches([group for group in groups if group.source == source], config.max_tokens)
         ]
-        correct, decided = sum(float(r.num_correct) for r in results), sum(r.num_decided for r in results)
+        correct, decided = sum(r.num_correct.item() for r in results), sum(r.num_decided for r in results)
         if decided:
             metrics[f"valid_accuracy/{source}"] = correct / decided
-        loss += sum(float(result.loss) for result in results)
+        loss += sum(result.loss.item() for result in results)
         num_correct += correct
         num_decided += decided
     return metrics | ({"valid_loss": loss, "valid_accuracy": num_correct / num_decided} if num_decided else {})

@@ -1,8 +1,8 @@
 """Asking a scorer, which may be anybody's function: every answer is checked before it can reach the policy.
 
-A scorer that raises, gives too few or too many numbers, or None, text, NaN or infinity stops the run with one line that
-names the prompt. A gold scorer only measures: what it could not score (NaN) is counted and left out, never read as wrong.
-"""
+A scorer that raises, gives too few or too many numbers, or None, text, NaN or infinity stops the run with one line
+that names the prompt. A gold scorer only measures: what it could not score (NaN) is counted and left out, never read
+as wrong."""
 
 import math
 from collections.abc import Sequence
@@ -39,8 +39,8 @@ def ask_scorer(
     if len(answers) != len(prompts):
         missing = prompts[min(len(answers), len(prompts) - 1)]
         raise InputError(
-            f"{what}: gave {len(answers)} scores for {len(prompts)} completions, so {_name(missing)} and those after it "
-            "have none of their own; expected one number for each"
+            f"{what}: gave {len(answers)} scores for {len(prompts)} completions, so {_name(missing)} and those after "
+            "it have none of their own; expected one number for each"
         )
     return [_number(answer, prompt, what, allow_unscored) for answer, prompt in zip(answers, prompts, strict=True)]
 
@@ -77,9 +77,9 @@ def charge_missing_eos(
 ) -> list[float]:
     """Return the scores after the rule for completions that were cut at the length limit.
 
-    "subtract" takes `penalty` off the score, "replace" puts `-penalty` in its place (Stiennon et al. 2020: -1), "keep" does
-    nothing. Whether a completion ended is what the sampler said, never inferred from its length or last id.
-    """
+    "subtract" takes `penalty` off the score, "replace" puts `-penalty` in its place (Stiennon et al. 2020: -1),
+    "keep" does nothing. Whether a completion ended is what the sampler said, never inferred from its length or last
+    id."""
     if rule == "keep":
         return list(scores)
     return [

@@ -25,11 +25,11 @@ TemplateName = Literal["own", "plain"]
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message.role == 'user' %}User: {{ message.content | trim }}\n\n"
-    "{% elif message.role == 'assistant' %}Assistant: {{ message.content | trim }}{{ eos_token }}"
-    "{% if not loop.last %}\n\n{% endif %}"
-    "{% else %}{{ message.content | trim }}\n\n{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+    "{% if message.role == 'user' %}{{ 'User: ' ~ (message.content | trim) ~ '\\n\\n' }}"
+    "{% elif message.role == 'assistant' %}{{ 'Assistant: ' ~ (message.content | trim) ~ eos_token }}"
+    "{{ '' if loop.last else '\\n\\n' }}"
+    "{% else %}{{ (message.content | trim) ~ '\\n\\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 """For models without a template: "User: ...", a blank line, "Assistant:", the completion, the end-of-text token."""
 
@@ -156,7 +156,7 @@ def _render(
             sanitize_control_tokens=True,
             enable_thinking=False,
         )
-    except TemplateError as error:
+    except (TemplateError, ValueError) as error:
         roles = ", ".join(message.role for message in messages)
         raise InputError(
             f"chat template: cannot render the turns {roles} ({error}); change the conversation or add --template plain"
@@ -192,8 +192,7 @@ def _end_id(tokenizer: PreTrainedTokenizerBase, template: str, probe_ids: Sequen
     """Return the first control token behind the completion's text in the template's rendering, else end-of-text."""
     reply = Message(role="assistant", content=_PROBE_COMPLETION)
     whole = _render(tokenizer, template, (_PROBE, reply), add_generation_prompt=False)
-    text = tokenizer.decode(whole[len(probe_ids) :], skip_special_tokens=False)
-    if _PROBE_COMPLETION not in text:
+    if _PROBE_COMPLETION not in str(tokenizer.decode(whole)):
         raise InputError(
             "chat template: drops the assistant's last message, so nothing could be taught; use a template that writes "
             "it, or add --template plain"

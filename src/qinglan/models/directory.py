@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -42,7 +43,7 @@ def load_weights(auto_class: Any, directory: Path, device: Device, **config_chan
             model, info = auto_class.from_pretrained(
                 directory, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, StrictDataclassError) as error:
         raise InputError(
             f"{directory}: cannot be opened as a model ({_first_line(error)}); the weights may be damaged: "
             "make or copy them again"

@@ -57,7 +57,7 @@ def scalar_model_from(lm: LanguageModel, *, seed: int) -> ScalarModel:
     setattr(model, model.base_model_prefix, copy.deepcopy(lm.model.base_model))
     num_hidden = model.score.in_features
     weight = torch.randn((1, num_hidden), generator=stream(seed, "scalar head")) * (num_hidden + 1) ** -0.5
-    model.score = nn.Linear(num_hidden, 1, bias=False, device=lm.device.torch_device)
+    model.score = nn.utils.skip_init(nn.Linear, num_hidden, 1, bias=False, device=lm.device.torch_device)
     with torch.no_grad():
         model.score.weight.copy_(weight)
     return ScalarModel(prepare(model), lm.tokenizer, lm.chat, lm.device, 0.0, lm.name)
@@ -107,9 +107,11 @@ def as_scorer(scalar: ScalarModel, max_tokens: int = 8192) -> Scorer:
     """
 
     def score(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
+        # The K completions of a ranking share a prompt, which is rendered once.
+        rendered = {messages: scalar.chat.prompt_ids(messages) for messages in {prompt.messages for prompt in prompts}}
         sequences = []
         for prompt, completion in zip(prompts, completions, strict=True):
-            prompt_ids = scalar.chat.prompt_ids(prompt.messages)
+            prompt_ids = rendered[prompt.messages]
             written = completion.token_ids
             ids = scalar.chat.completion_ids(completion.text) if written is None else list(written)
             sequences.append(TokenSequence(prompt_ids + ids, len(prompt_ids)))

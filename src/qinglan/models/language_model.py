@@ -8,6 +8,7 @@ Shapes: B rows, T columns, D hidden units, V tokens in the vocabulary, N targets
 """
 
 import copy
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,7 +74,8 @@ class TargetLogprobs(NamedTuple):
 def load_language_model(path: Path | str, device: Device, *, template: TemplateName = "own") -> LanguageModel:
     """Open a Hugging Face directory as a causal model in fp32, evaluation mode, dropout 0.
 
-    Raises `InputError` for no such directory, no tokenizer, no chat template, damaged or missing weights.
+    Raises `InputError` for no such directory, no tokenizer, no chat template, damaged or missing weights, and for an
+    architecture that a small trial run shows is not scored exactly (OPT, Bloom, Falcon, Mamba).
     """
     directory = Path(path)
     tokenizer = load_tokenizer(directory)
@@ -84,6 +86,7 @@ def load_language_model(path: Path | str, device: Device, *, template: TemplateN
             f"{directory}: the tokenizer's end token lies outside the model's vocabulary; use its own tokenizer"
         )
     _check_logits(model, directory)
+    check_batching(model)
     return LanguageModel(model, tokenizer, chat, device, str(path))
 
 
@@ -105,8 +108,8 @@ def copy_language_model(lm: LanguageModel, name: str | None = None) -> LanguageM
 
 
 def max_context(model: PreTrainedModel) -> int:
-    """Return the number of tokens the model has positions for."""
-    return int(model.config.get_text_config().max_position_embeddings)
+    """Return the number of tokens the model has positions for; `sys.maxsize` where its configuration sets no limit."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
@@ -226,7 +229,7 @@ def completion_logprobs(
 
 
 def check_batching(model: PreTrainedModel) -> None:
-    """Check before a run that padding and packing leave every hidden state as it is alone.
+    """Check that padding and packing leave every hidden state as it is alone; `load_language_model` does so.
 
     Raises `InputError` for an architecture whose attention does not keep packed sequences apart.
     """

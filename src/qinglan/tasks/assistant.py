@@ -12,6 +12,7 @@ from typing import NamedTuple
 from qinglan.core.records import Completion, Message, Prompt, Scorer, Split, record_id
 from qinglan.core.rng import stream_seed
 from qinglan.tasks import chatting, numbers, questions, safety, texts, writing
+from qinglan.tasks import lexicon as lx
 from qinglan.tasks.item import Draw, Grade, Item, repeats, rude, words
 
 
@@ -110,11 +111,11 @@ class World(NamedTuple):
     items: dict[str, Item]
     """By prompt id."""
 
-    def gold(self) -> Scorer:
-        """Return the gold score as a scorer; it reads the completion's text only."""
+    def gold(self, scale: float = 1.0) -> Scorer:
+        """Return the gold score, times `scale`, as a scorer; it reads the completion's text only."""
 
         def score(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
-            return [overall(self.grade(prompt, done)) for prompt, done in zip(prompts, completions, strict=True)]
+            return [scale * overall(self.grade(prompt, done)) for prompt, done in zip(prompts, completions, strict=True)]
 
         return score
 
@@ -123,22 +124,35 @@ class World(NamedTuple):
         return grade(self.items[prompt.id], completion.text)
 
 
-def draw_prompts(count: int, seed: int, split: Split, *, prompts_per_user: int = 8, start_user: int = 0) -> World:
+def untidy_item(item: Item, rng: random.Random) -> Item:
+    """Return the item as careless users send it: with an e-mail address or a telephone number, or pasted far too long."""
+    text = item.messages[-1].content
+    kind = rng.random()
+    if kind < 0.02:
+        text += f" Write to {rng.choice(lx.PEOPLE).lower()}.{rng.randrange(1000)}@example.com."
+    elif kind < 0.03:
+        text += f" My number is +44 20 7946 0{rng.randrange(100, 999)}."
+    elif kind < 0.04:
+        text = " ".join([text] * 40)
+    return item._replace(messages=(*item.messages[:-1], Message(role="user", content=text)))
+
+
+def draw_prompts(count: int, seed: int, split: Split, *, prompts_per_user: int = 8, untidy: bool = False) -> World:
     """Draw prompts for a split from its users; equal prompts are drawn again, so that all differ.
 
-    Users of different splits differ; `test` prompts use held-out entities and wordings. `start_user` lets several calls
-    use different users.
+    Users of the test split are others, and its prompts use held-out entities and wordings. `untidy` prompts repeat
+    themselves, carry personal data or are too long, in a few percent of cases, for `data/prompts.py` to find.
     """
     held_out = split == "test"
-    offset = {"train": 0, "valid": 100_000, "test": 0}[split] + start_user
     prompts: list[Prompt] = []
     items: dict[str, Item] = {}
     seen: set[tuple[Message, ...]] = set()
-    rng = random.Random(stream_seed(seed, "prompts", split, start_user))
+    rng = random.Random(stream_seed(seed, "prompts", split))
     while len(prompts) < count:
-        user = make_user(offset + len(prompts) // prompts_per_user, held_out)
+        user = make_user(len(prompts) // prompts_per_user, held_out)
         use_case = rng.choice(user.favourites) if rng.random() < 0.5 else None
         item = in_own_words(user, make_item(Draw(rng, held_out), use_case))
+        item = untidy_item(item, rng) if untidy else item
         if item.messages in seen:
             continue
         seen.add(item.messages)

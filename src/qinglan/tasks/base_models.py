@@ -106,9 +106,9 @@ def build(
         eos_token_id=chat.end_id,
     )
     device = device or Device.detect("cpu")
-    model = prepare(Qwen3ForCausalLM(config))
+    with device.torch_device:
+        model = prepare(Qwen3ForCausalLM(config))
     draw_weights(model, seed, size)
-    model.to(device.torch_device)
     return LanguageModel(model, tokenizer, chat, device, size)
 
 

@@ -1,0 +1,244 @@
+"""The updates of PPO: gradients of a minibatch, those of pretraining in the same step, and the weights' average.
+
+One optimizer step sees a whole minibatch of episodes, however it is cut into micro-batches: losses are summed over its
+sampled tokens and divided by their number. Policy and value model share nothing; each has its optimizer and its rate.
+
+Legend: E episodes of an iteration, T tokens of the longest completion, N sampled tokens of a micro-batch.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qinglan.core.rng import permutation
+from qinglan.data.batch import make_batches
+from qinglan.learn.checks import check_ratio
+from qinglan.learn.optimize import (
+    check_finite,
+    clip_gradients,
+    make_optimizer,
+    set_lr,
+    training_tensors,
+    warmup_factor,
+)
+from qinglan.learn.policy_losses import clipped_surrogate, value_loss
+from qinglan.learn.ppo_config import PPOConfig
+from qinglan.learn.rollout import Rollout
+from qinglan.learn.sft import PretrainSource
+from qinglan.models.heads import ScalarModel, copy_scalar_model, scalar_model_from, token_values
+from qinglan.models.language_model import (
+    LanguageModel,
+    TokenSequence,
+    copy_language_model,
+    hidden_states,
+    max_context,
+    target_logprobs,
+)
+
+
+class Learners(NamedTuple):
+    """What learns, in place. The value model is there for estimator "gae" only, the average for `returned` "ema"
+    only."""
+
+    policy: LanguageModel
+    policy_optimizer: torch.optim.Optimizer
+    value: ScalarModel | None
+    value_optimizer: torch.optim.Optimizer | None
+    average: dict[str, Tensor]
+
+
+class Targets(NamedTuple):
+    """What the updates of one iteration aim at; tensors [E, T] on the CPU."""
+
+    advantages: Float[Tensor, "E T"]
+    returns: Float[Tensor, "E T"]
+    old_values: Float[Tensor, "E T"]
+    value_clip: float | None
+    """In the units of the returns."""
+
+
+def make_learners(
+    start: LanguageModel, value_start: ScalarModel | None, config: PPOConfig, seed: int, stage: str
+) -> Learners:
+    """Return copies of policy and value model with an optimizer each."""
+    policy = copy_language_model(start, name=stage)
+    policy_optimizer = make_optimizer(policy.model, config.learning_rate, betas=config.betas, eps=config.eps)
+    average: dict[str, Tensor] = {}
+    if config.returned == "ema":
+        average = {name: weights.clone() for name, weights in training_tensors(policy.model, prefix="average.").items()}
+    if config.estimator != "gae":
+        return Learners(policy, policy_optimizer, None, None, average)
+    if value_start is not None:
+        value = copy_scalar_model(value_start, name=f"{stage}/value")
+    else:
+        value = scalar_model_from(policy, seed=seed)._replace(name=f"{stage}/value")
+        with torch.no_grad():  # nothing is known yet: every state is worth 0
+            value.model.get_parameter("score.weight").zero_()
+    value_optimizer = make_optimizer(value.model, config.value_learning_rate, betas=config.betas, eps=config.eps)
+    return Learners(policy, policy_optimizer, value, value_optimizer, average)
+
+
+class Tally(NamedTuple):
+    """Sums over the sampled tokens of minibatches, for the log."""
+
+    num_tokens: float = 0.0
+    policy_loss: float = 0.0
+    clip_fraction: float = 0.0
+    approx_kl: float = 0.0
+    ratio: float = 0.0
+    entropy: float = 0.0
+    value_loss: float = 0.0
+    value_clip_fraction: float = 0.0
+    worst_ratio_error: float = 0.0
+    """The largest |ratio - 1| of a token, not a sum."""
+
+    def add(self, other: "Tally") -> "Tally":
+        """Return the tally of both."""
+        sums = [a + b for a, b in zip(self[:-1], other[:-1], strict=True)]
+        worst = max(self.worst_ratio_error, other.worst_ratio_error)
+        return Tally(*sums)._replace(worst_ratio_error=worst)
+
+    def means(self) -> dict[str, float]:
+        """Return the means over tokens, by name."""
+        return {name: total / self.num_tokens for name, total in zip(self._fields[1:-1], self[1:-1], strict=True)}
+
+
+def update(
+    learners: Learners,
+    pretrain: PretrainSource | None,
+    rollout: Rollout,
+    targets: Targets,
+    config: PPOConfig,
+    seed: int,
+    iteration: int,
+    *,
+    where: str,
+) -> dict[str, float]:
+    """Take the optimizer steps of one iteration and return its mean metrics. Raises `InputError` if one is not
+    finite."""
+    policy, value = learners.policy, learners.value
+    rate = warmup_factor(iteration, config.warmup_iterations, config.warmup_start)
+    set_lr(learners.policy_optimizer, rate * config.learning_rate)
+    if learners.value_optimizer is not None:
+        set_lr(learners.value_optimizer, rate * config.value_learning_rate)
+    tally, metrics = Tally(), {"lr": rate * config.learning_rate}
+    policy_norms: list[float] = []
+    value_norms: list[float] = []
+    ptx_losses: list[float] = []
+    for epoch in range(config.inner_epochs):
+        order = permutation(config.episodes_per_iteration, seed, "ppo", "minibatch", iteration, epoch)
+        for place in range(0, len(order), config.minibatch_episodes):
+            # Gradients of the whole minibatch, however it is cut; those of pretraining go into the same step.
+            chosen = order[place : place + config.minibatch_episodes]
+            found = accumulate_gradients(learners, rollout, targets, chosen, config)
+            if epoch == place == 0:
+                mean_error = abs(found.ratio / found.num_tokens - 1)
+                check_ratio(found.worst_ratio_error, mean_error, policy.device.compute_dtype, where)
+                metrics["ratio_error"] = found.worst_ratio_error
+            if pretrain is not None:
+                num_done = iteration * config.updates_per_iteration + len(policy_norms)
+                count = config.ptx_ratio * config.minibatch_episodes
+                ptx_losses.append(accumulate_ptx_gradients(policy, pretrain(num_done * count, count), config))
+            # Both models are checked before either moves.
+            policy_norms.append(_gradient_norm(policy.model, config, "the policy's gradient", where))
+            if value is not None:
+                value_norms.append(_gradient_norm(value.model, config, "the value model's gradient", where))
+            _take_step(learners, config)
+            tally = tally.add(found)
+    metrics |= tally.means() | {"grad_norm": _mean(policy_norms)}
+    if value is not None:
+        metrics["value_grad_norm"] = _mean(value_norms)
+    if ptx_losses:
+        metrics["ptx_loss"] = _mean(ptx_losses)
+    return metrics
+
+
+def accumulate_gradients(
+    learners: Learners, rollout: Rollout, targets: Targets, chosen: Sequence[int], config: PPOConfig
+) -> Tally:
+    """Add the gradients of one minibatch of episodes to the models' `.grad`: the mean over all its sampled tokens."""
+    policy, value = learners.policy, learners.value
+    num_tokens = int(rollout.completion_mask[list(chosen)].sum())
+    tally = Tally()
+    for batch in make_batches([rollout.sequences[i] for i in chosen], max_tokens=config.max_tokens, pack=config.pack):
+        batch = batch.to(policy.device.torch_device)
+        episodes = [chosen[sequence.original] for sequence in batch.sequence_rows]
+        mask = rollout.completion_mask[episodes]
+
+        def flat(matrix: Tensor, episodes: list[int] = episodes, mask: Tensor = mask) -> Float[Tensor, " N"]:
+            return matrix[episodes][mask].to(policy.device.torch_device)
+
+        with policy.device.autocast():
+            hidden = hidden_states(policy.model, batch)
+            new = target_logprobs(policy.model, hidden, batch, temperature=config.sampling.temperature)
+        loss = clipped_surrogate(new.logprobs, flat(rollout.logprobs), flat(targets.advantages), config.clip)
+        total = loss.loss.sum() - config.entropy_coef * new.entropy.sum()
+        (total / num_tokens).backward()
+        fitted, value_clipped = 0.0, 0.0
+        if value is not None:
+            with value.device.autocast():
+                values = token_values(value, hidden_states(value.model, batch))
+            # The state before token t ends in token t - 1.
+            before = values[:, :-1][batch.target_mask[:, 1:]]
+            found = value_loss(before, flat(targets.old_values), flat(targets.returns), targets.value_clip)
+            (found.loss.sum() / num_tokens).backward()
+            fitted, value_clipped = float(found.loss.detach().sum()), float(found.is_clipped.sum())
+        tally = tally.add(
+            Tally(
+                num_tokens=len(new.logprobs),
+                policy_loss=float(loss.loss.detach().sum()),
+                clip_fraction=float(loss.is_clipped.sum()),
+                approx_kl=float(loss.approx_kl.sum()),
+                ratio=float(loss.ratio.double().sum()),
+                entropy=float(new.entropy.detach().sum()),
+                value_loss=fitted,
+                value_clip_fraction=value_clipped,
+                worst_ratio_error=float((loss.ratio - 1).abs().max()),
+            )
+        )
+    return tally
+
+
+def accumulate_ptx_gradients(policy: LanguageModel, token_ids: Sequence[list[int]], config: PPOConfig) -> float:
+    """Add gamma times the gradient of the mean pretraining loss to the policy's `.grad`; return that loss, nats per
+    token.
+
+    InstructGPT, objective 2: gamma * E over the pretraining corpus of log pi(x), here as the mean over tokens.
+    """
+    limit = max_context(policy.model)
+    sequences = [TokenSequence(list(ids[:limit]), 1) for ids in token_ids if len(ids) > 1]
+    num_tokens = sum(len(sequence.token_ids) - 1 for sequence in sequences)
+    total = 0.0
+    for batch in make_batches(sequences, max_tokens=config.max_tokens, pack=True):
+        batch = batch.to(policy.device.torch_device)
+        with policy.device.autocast():
+            hidden = hidden_states(policy.model, batch)
+            logprobs = target_logprobs(policy.model, hidden, batch, with_entropy=False).logprobs
+        loss = -logprobs.sum() / num_tokens
+        (config.ptx_coef * loss).backward()
+        total += float(loss.detach())
+    return total
+
+
+def _gradient_norm(model: torch.nn.Module, config: PPOConfig, what: str, where: str) -> float:
+    """Clip the gradients and return their norm before; raise `InputError` if it is not finite."""
+    return check_finite(clip_gradients(model, config.max_grad_norm), f"the norm of {what}", where)
+
+
+def _take_step(learners: Learners, config: PPOConfig) -> None:
+    """Let both optimizers move once, and the policy's average follow."""
+    for optimizer in (learners.policy_optimizer, learners.value_optimizer):
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+    with torch.no_grad():
+        for name, parameter in learners.policy.model.named_parameters():
+            if learners.average:  # average = decay * average + (1 - decay) * weights
+                learners.average[f"average.model.{name}"].lerp_(parameter, 1 - config.ema_decay)
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)

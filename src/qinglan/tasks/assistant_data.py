@@ -1,0 +1,124 @@
+"""The built-in world as the data of a run: who asks, who demonstrates, who compares, and what they are shown.
+
+People are simulated, so everything that they get wrong is set here and printed in the report. The answer key (`World`)
+goes to the labelers' eyes and to the measurements; the recipe shows where.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from pydantic import Field
+
+from qinglan.core.config import Config
+from qinglan.core.records import Completion, Prompt, record_id
+from qinglan.core.rng import stream_seed
+from qinglan.data.pools import Pools
+from qinglan.data.prompts import PromptConfig, check_disjoint, filter_prompts, split_by_group
+from qinglan.supervisors.simulated import Attributes, LabelerConfig, Quality
+from qinglan.tasks.assistant import World, draw_prompts
+from qinglan.tasks.corpus import RAMBLING
+from qinglan.tasks.demonstrators import DemonstratorConfig, demonstrate
+from qinglan.tasks.safety import REFUSALS
+
+
+class WorldConfig(Config):
+    """The built-in world's users and people."""
+
+    num_demonstrations: int = Field(default=600, ge=1)
+    """Demonstrations (InstructGPT: 12,725)."""
+    num_comparison_prompts: int = Field(default=500, ge=1)
+    """Prompts whose completions are ranked (InstructGPT: 33,207)."""
+    num_rl_prompts: int = Field(default=2000, ge=1)
+    """Prompts of PPO (InstructGPT: 31,144)."""
+    num_valid_prompts: int = Field(default=100, ge=1)
+    """Prompts for choosing the baseline's checkpoint."""
+    num_test_prompts: int = Field(default=400, ge=1)
+    """Prompts of held-out users, entities and wordings."""
+    min_ranked: int = Field(default=4, ge=2)
+    """Smallest number of completions in one ranking (InstructGPT: 4)."""
+    max_ranked: int = Field(default=9, ge=2)
+    """Largest number of completions in one ranking (InstructGPT: 9)."""
+    num_labelers: int = Field(default=12, ge=2)
+    """Labelers whose rankings train the reward model."""
+    num_held_out_labelers: int = Field(default=8, ge=2)
+    """Labelers who only judge results."""
+    overlap: float = Field(default=0.15, ge=0, le=1)
+    """Share of prompts that two labelers rank, so that their agreement can be measured."""
+    demonstrators: DemonstratorConfig = DemonstratorConfig()
+    """How demonstrators go wrong."""
+    labelers: LabelerConfig = LabelerConfig()
+    """How labelers go wrong."""
+
+
+class WorldData(NamedTuple):
+    """The pools of a run on the built-in world, and its answer key."""
+
+    pools: Pools
+    world: World
+
+
+def world_data(config: WorldConfig, hygiene: PromptConfig, *, seed: int, num_tokens: Callable[[Prompt], int]) -> WorldData:
+    """Draw users and prompts, clean and split them by user, and let demonstrators write."""
+    wanted = {
+        "demonstrations": config.num_demonstrations, "comparisons": config.num_comparison_prompts,
+        "rl": config.num_rl_prompts, "valid": config.num_valid_prompts,
+    }  # fmt: skip
+    raw = draw_prompts(round(1.15 * sum(wanted.values())), seed, "train", untidy=True)
+    test = draw_prompts(config.num_test_prompts, seed, "test")
+    filtered = filter_prompts(raw.prompts, hygiene, num_tokens=num_tokens)
+    shares = {name: count / sum(wanted.values()) for name, count in wanted.items()}
+    sides = {name: prompts[: wanted[name]] for name, prompts in split_by_group(filtered.kept, shares, seed).items()}
+    valid = [prompt.model_copy(update={"split": "valid"}) for prompt in sides["valid"]]
+    check_disjoint({**sides, "valid": valid, "test": test.prompts})
+    world = World((*raw.prompts, *test.prompts), {**raw.items, **test.items})
+    pools = Pools(
+        demonstrations=demonstrate(world, sides["demonstrations"], config.demonstrators, seed),
+        comparison_prompts=sides["comparisons"],
+        comparisons=[],
+        held_out_comparisons=[],
+        rl_prompts=sides["rl"],
+        valid_prompts=valid,
+        test_prompts=list(test.prompts),
+        dropped=filtered.dropped,
+    )
+    return WorldData(pools, world)
+
+
+def quality_of(world: World) -> Quality:
+    """Return the answer key as labelers perceive it before their noise: helpful, honest, harmless."""
+
+    def quality(prompt: Prompt, completion: Completion) -> Attributes:
+        return Attributes(*world.grade(prompt, completion)[:3])
+
+    return quality
+
+
+def candidates_to_rank(
+    prompts: Sequence[Prompt], samples: Sequence[Sequence[Completion]], config: WorldConfig, seed: int
+) -> list[list[Completion]]:
+    """Return K = min_ranked..max_ranked different completions of each prompt: mostly the policy's own samples.
+
+    Among them an irrelevant, a verbose or an over-refusing one, so that the reward model sees what RL might find.
+    """
+    ranked = []
+    for number, (prompt, own) in enumerate(zip(prompts, samples, strict=True)):
+        rng = random.Random(stream_seed(seed, "candidates", prompt.id))
+        count = rng.randint(config.min_ranked, config.max_ranked)
+        other = samples[(number + 1 + rng.randrange(len(samples) - 1)) % len(samples)][0] if len(samples) > 1 else own[0]
+        strange = [other.text, f"{own[0].text} {' '.join(rng.sample(RAMBLING, 2))}", rng.choice(REFUSALS)]
+        rng.shuffle(strange)
+        texts = dict.fromkeys(completion.text for completion in own)
+        kept = [next(one for one in own if one.text == text) for text in texts if text][: max(2, count - rng.randint(1, 2))]
+        for text in strange:
+            if len(kept) < count and text and text not in {one.text for one in kept}:
+                kept.append(_added(prompt, text))
+        ranked.append(kept)
+    return ranked
+
+
+def _added(prompt: Prompt, text: str) -> Completion:
+    return Completion(
+        id=record_id("completion", prompt.id, text), source="oracle", producer_id="added-candidate", prompt_id=prompt.id,
+        prompt_group_id=prompt.prompt_group_id, split=prompt.split, parents=(prompt.id,), text=text,
+    )  # fmt: skip
