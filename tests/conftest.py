@@ -21,7 +21,8 @@ from transformers import (
 from qinglan.core.device import Device
 from qinglan.models.chat import TemplateName, make_chat_format
 from qinglan.models.directory import prepare
-from qinglan.models.language_model import LanguageModel
+from qinglan.models.heads import ScalarModel
+from qinglan.models.language_model import LanguageModel, TokenSequence
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen2_sliding", "qwen3", "gpt2", "gemma2", "gemma3")
 CPU = Device(torch.device("cpu"), torch.float32)
@@ -31,6 +32,7 @@ CHATML = (
 )
 MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("Ġ", "the"), ("a", "n"), ("l", "l")]  # several ways to write one text
 SLIDING_WINDOW = 5
+LENGTHS = ((14, 5), (3, 1), (9, 9), (11, 2), (1, 1), (6, 5))  # (tokens, prompt tokens); some longer than the window
 
 
 def make_tokenizer(
@@ -104,6 +106,16 @@ def make_tiny_lm(
             if parameter.ndim == 1:
                 parameter.data.add_(torch.randn_like(parameter) * 0.1)
     return LanguageModel(prepare(model), tokenizer, make_chat_format(tokenizer, template), CPU, f"tiny-{architecture}")
+
+
+def make_sequences(lm: LanguageModel | ScalarModel) -> list[TokenSequence]:
+    """Ragged sequences of any ids, pad and control ids included, that end with the end token."""
+    draw = torch.Generator().manual_seed(1)
+    sequences = []
+    for length, num_prompt in LENGTHS:
+        ids = torch.randint(len(lm.tokenizer), (length,), generator=draw).tolist()
+        sequences.append(TokenSequence([*ids[:-1], lm.chat.end_id], num_prompt))
+    return sequences
 
 
 @pytest.fixture

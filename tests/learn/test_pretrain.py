@@ -2,19 +2,19 @@
 
 import math
 import multiprocessing
-import os
 import signal
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_world import CPU, LETTERS, make_lm, make_stage
+from tiny_world import CPU, make_lm, make_stage
 from torch import Tensor
+from toy_blocks import CONTEXT, copies, copies_until_killed
 
 from qinglan.core.errors import InputError
 from qinglan.core.files import read_json
-from qinglan.core.rng import numpy_stream
 from qinglan.learn.blocks import Blocks, read_batches, read_blocks
 from qinglan.learn.pretrain import (
     HELD_OUT_FIRST_BLOCK,
@@ -27,7 +27,6 @@ from qinglan.learn.pretrain import (
 )
 from qinglan.models.language_model import LanguageModel, load_language_model
 
-CONTEXT = 12
 TINY = PretrainConfig(
     num_tokens=12 * 4 * 9,
     context=CONTEXT,
@@ -36,21 +35,6 @@ TINY = PretrainConfig(
     seconds_between_checkpoints=0,
     num_probes=3,
 )
-
-
-def copies(first: int, count: int, num_letters: int = len(LETTERS)) -> tuple[Tensor, Tensor]:
-    """Blocks of one letter repeated; only what follows the first letter counts, and the second half counts double."""
-    letters = [int(numpy_stream(0, "copies", number).integers(4, 4 + num_letters)) for number in range(first, first + count)]
-    token_ids = torch.tensor(letters, dtype=torch.int32)[:, None].expand(count, CONTEXT + 1)
-    weights = torch.ones(count, CONTEXT + 1)
-    weights[:, CONTEXT // 2 :] = 2.0
-    return token_ids, weights
-
-
-def copies_until_killed(first: int, count: int, last: int) -> tuple[Tensor, Tensor]:
-    if first == last:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return copies(first, count)
 
 
 def weights_of(lm: LanguageModel) -> dict[str, Tensor]:
@@ -69,12 +53,12 @@ def test_loss_is_the_weighted_mean_over_predicted_tokens():
     lm = make_lm("qwen3")
     token_ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     weights = torch.tensor([[99.0, 1.0, 0.0, 3.0], [99.0, 0.5, 2.0, 0.0]])
-    logits = lm.model(input_ids=token_ids).logits.log_softmax(-1)
+    logits = lm.model(input_ids=token_ids).logits.detach().log_softmax(-1)
     # Position t is scored by the logits at t - 1; the first token of a row, of weight 99, by nothing.
     total = sum(
         -float(weights[row, t] * logits[row, t - 1, token_ids[row, t]]) for row in range(2) for t in range(1, 4)
     )
-    assert float(block_loss(lm, Blocks(token_ids, weights))) == pytest.approx(total / 6.5, rel=1e-5)
+    assert block_loss(lm, Blocks(token_ids, weights)).item() == pytest.approx(total / 6.5, rel=1e-5)
 
 
 def test_tokens_of_weight_zero_have_no_gradient_and_a_batch_without_weight_no_loss():
@@ -119,7 +103,7 @@ def test_every_schedule_peaks_at_one_and_only_falls_after_the_warm_up(schedule: 
     assert max(factors) == 1.0
     assert factors[10] == pytest.approx(1.0)
     assert all(0 < factor <= 1 for factor in factors[:-1])
-    assert all(later <= earlier for earlier, later in zip(factors[10:], factors[11:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(factors[10:]))
     assert factors[-1] == pytest.approx(0.0)
 
 

@@ -154,6 +154,13 @@ def test_a_completion_without_an_end_token_is_named():
         encode_demonstrations(make_lm(), [cut], None, "sft")
 
 
+def test_a_completion_without_tokens_is_named():
+    item = make_demonstration("ab", "xyz")
+    empty = item._replace(demonstration=item.demonstration.model_copy(update={"token_ids": ()}))
+    with pytest.raises(InputError, match="completion d-ab: has no tokens"):
+        encode_demonstrations(make_lm(), [empty], None, "sft")
+
+
 def test_sampled_token_ids_are_kept():
     item = make_demonstration("ab", "xyz")
     sampled = item._replace(demonstration=item.demonstration.model_copy(update={"token_ids": (50, 51, 0)}))

@@ -16,7 +16,7 @@ LLAMA_3 = (
 GEMMA = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for message in messages %}"
-    "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
     "{{ '<|im_start|>' + ('model' if message.role == 'assistant' else message.role) + '\\n' }}"
     "{{ (message.content | trim) + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>model\\n' }}{% endif %}"
@@ -26,10 +26,11 @@ QWEN_3 = (
     "{% if message.role == 'assistant' and loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
     "{{ message.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
+    "{% if enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
 )
 MISTRAL = (
-    "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}{{ ' ' + message.content + eos_token }}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %}{{ ' ' + message.content + eos_token }}"
     "{% else %}{{ '[INST] ' + message.content + ' [/INST]' }}{% endif %}{% endfor %}"
 )
 ALPACA = (
@@ -42,8 +43,8 @@ DROPS_COMPLETION = (
     "{% for message in messages %}{% if message.role != 'assistant' %}{{ message.content }}{% endif %}{% endfor %}"
 )
 DROPS_REASONING = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
 )
 NORMAL = {"chatml": CHATML, "llama3": LLAMA_3, "gemma": GEMMA, "qwen3": QWEN_3, "mistral": MISTRAL, "alpaca": ALPACA}
 TURNS = (
@@ -75,7 +76,7 @@ def test_prompt_and_completion_are_the_rendering_of_the_whole(name, pad_is_eos):
         )
         taught = chat.prompt_ids(TURNS) + chat.completion_ids(text)
         assert taught[-1] == end_id
-        assert (whole + [end_id])[: len(taught)] == taught
+        assert [*whole, end_id][: len(taught)] == taught
         assert tokenizer.decode(whole[len(taught) :]).strip() == ""
         assert chat.text_of(chat.completion_ids(text)) == text.strip()
 

@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, CPU, make_tiny_lm
-from test_language_model import make_sequences
+from conftest import ARCHITECTURES, CPU, make_sequences, make_tiny_lm
 from transformers import AutoModelForSequenceClassification
 
 from qinglan.core.errors import InputError
@@ -118,9 +117,9 @@ def test_the_head_starts_small_and_depends_on_the_seed_only(tiny_lm):
     assert torch.equal(first.weight, again.weight)
     assert not torch.equal(first.weight, other.weight)
     assert first.bias is None
-    draws = torch.cat([scalar_model_from(lm, seed=seed).model.score.weight for seed in range(60)])
-    assert draws.std().item() == pytest.approx((16 + 1) ** -0.5, rel=0.1)  # 960 draws: standard error 2.3%
-    assert draws.mean().abs() < 0.03
+    draws = torch.cat([scalar_model_from(lm, seed=seed).model.score.weight for seed in range(20)])
+    assert draws.std().item() == pytest.approx((16 + 1) ** -0.5, rel=0.15)  # 320 draws: standard error 4%
+    assert draws.mean().abs() < 0.05
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from qinglan.cli import CommandResult, Options
 from qinglan.core.config import Config
-from qinglan.core.device import Device, use_all_cores
+from qinglan.core.device import Device, prepare_process
 from qinglan.core.errors import InputError
 from qinglan.core.rng import stream_seed
 from qinglan.core.run import Measure, Run
@@ -82,7 +82,7 @@ def pretrain_sizes(config: PretrainCommand, options: Options) -> CommandResult:
     """Pretrain each size in a folder of its own below `--out`; finished sizes are kept, stopped ones go on with --resume."""
     for size in config.sizes:
         size_of(size)
-    use_all_cores()
+    prepare_process()
     tokenizer = base_tokenizer()
     device = Device.detect(config.device)
     data: dict[str, dict[str, dict[str, object]]] = {}
@@ -124,7 +124,7 @@ class EvaluateCommand(Config):
 
 def evaluate(config: EvaluateCommand, options: Options) -> CommandResult:
     """Return `capability/<probe>/<model>` for every probe and model."""
-    use_all_cores()
+    prepare_process()
     names = config.models or tuple(shipped_sizes())
     if not names:
         raise InputError("world evaluate: no base model is shipped; name a directory with --models")

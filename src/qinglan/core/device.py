@@ -5,6 +5,7 @@ import os
 from typing import Literal, NamedTuple
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from qinglan.core.errors import InputError
 
@@ -37,7 +38,8 @@ class Device(NamedTuple):
         return torch.autocast(self.torch_device.type, dtype=self.compute_dtype)
 
 
-def use_all_cores() -> None:
-    """Let PyTorch use every core this process may run on (`OMP_NUM_THREADS` still wins)."""
+def prepare_process() -> None:
+    """Use every core this process may run on (`OMP_NUM_THREADS` still wins); progress is ours to show, not transformers'."""
+    transformers_logging.disable_progress_bar()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -197,7 +197,7 @@ def overoptimization(curves: Sequence[ScoreCurve], *, width: float = WIDTH) -> s
             marks.say_not_measured(sheet)
             return to_svg(sheet)
         axes.margins(x=0.03, y=0.12)
-        axes.set_xlim(left=0)
+        axes.set_xlim(left=-0.02 * axes.get_xlim()[1])  # room for a dot at the start
         marks.frame(axes, unit, num_ticks=5)
         marks.name_ends(axes, ends)
         sheet.text(

@@ -280,8 +280,8 @@ def transcript_section(run: Run, outcome: Outcome, found: Findings) -> Section:
     shown = [
         Transcript(
             choice.label,
-            prompts[choice.index].messages,
-            tuple(ScoredCompletion(NAMES[name], texts[name][choice.index].text, {label: scores[name][choice.index]}) for name in names),
+            prompts[choice.item].messages,
+            tuple(ScoredCompletion(NAMES[name], texts[name][choice.item].text, {label: scores[name][choice.item]}) for name in names),
         )
         for choice in choose_transcripts(target, run.seed)
     ]

@@ -1,9 +1,10 @@
-"""Alarms while a policy is trained: the five ways in which reinforcement learning from a learned score goes wrong.
+"""Alarms while a policy is trained: the ways in which reinforcement learning from a learned score goes wrong.
 
-KL jump, length drift, entropy collapse, scores beyond the range seen when the reward model was trained, and the gold
-score falling while the proxy score rises (Gao et al. 2022). An alarm is a message, never a stop: the run goes on and
-its report shows what happened. Pure functions of the iterations logged so far, so that a resumed run raises the same
-alarms."""
+KL jump, tokens far from the reference policy, length drift, entropy collapse, scores beyond the range of the reward
+model's training, and the gold score falling while the proxy score rises (Gao et al. 2022). An alarm is a message, never
+a stop: the run goes on and its report shows what happened. Pure functions of the iterations logged so far, so that a
+resumed run raises the same alarms.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,10 +24,11 @@ class AlarmConfig(Config):
     kl_jump: float = Field(default=5.0, gt=0)
     """Rise of the KL from one iteration to the next, in nats per completion."""
     length_drift: float = Field(default=0.5, gt=0)
-    """Change of the mean length against the first iterations, as a fraction of it, up or down (Stiennon et al.
-    2020)."""
+    """Change of the mean length against the first iterations, up or down, as a fraction of it."""
     entropy_collapse: float = Field(default=0.2, gt=0, lt=1)
     """The entropy counts as collapsed below this fraction of the first iterations' entropy."""
+    large_kl_share: float = Field(default=0.01, gt=0, le=1)
+    """Share of tokens whose log-ratio to the reference exceeds 10 nats; they are counted, never clamped."""
     share_outside_range: float = Field(default=0.25, gt=0, le=1)
     """Share of an iteration's scores outside the range that the reward model gave in its training."""
     gold_sigma: float = Field(default=3.0, gt=0)
@@ -40,6 +42,7 @@ def find_alarms(history: Sequence[Row], config: AlarmConfig) -> dict[str, str]:
     """
     found = {
         "kl_jump": _kl_jump(history, config),
+        "large_kl_tokens": _large_kl_tokens(history, config),
         "length_drift": _length_drift(history, config),
         "entropy_collapse": _entropy_collapse(history, config),
         "score_out_of_range": _score_out_of_range(history, config),
@@ -60,6 +63,13 @@ def _kl_jump(history: Sequence[Row], config: AlarmConfig) -> str:
     if now - before <= config.kl_jump:
         return ""
     return f"KL rose from {before:.2f} to {now:.2f} nats per completion in one iteration; lower the learning rate"
+
+
+def _large_kl_tokens(history: Sequence[Row], config: AlarmConfig) -> str:
+    share = history[-1]["large_kl_share"]
+    if share < config.large_kl_share:
+        return ""
+    return f"{share:.1%} of the tokens are over 10 nats from the reference policy; raise kl_coef"
 
 
 def _length_drift(history: Sequence[Row], config: AlarmConfig) -> str:

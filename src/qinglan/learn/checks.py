@@ -1,7 +1,8 @@
 """Checks before the first update: each stops a run that would train on something other than what it seems to.
 
 All are runtime checks that fail loudly with an `InputError` and return the number they measured, which is logged.
-They cost one forward pass over a few sequences."""
+They cost one forward pass over a few sequences.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -22,8 +23,7 @@ from qinglan.models.language_model import (
 from qinglan.models.tokens import collate
 
 MAX_RATIO_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.2}
-"""How far the probability ratio of one token may be from 1 while the weights are the same, by the dtype of the
-matmuls."""
+"""How far a token's probability ratio may be from 1 under the same weights, by the dtype of the matmuls."""
 MAX_MEAN_RATIO_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """The same for the mean ratio of all tokens: a wrong temperature or mask shifts it, rounding does not."""
 MAX_PADDING_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.2}
@@ -109,10 +109,22 @@ def check_end_token_supervised(chat: ChatFormat, batch: TokenBatch, where: str) 
     """
     for _, row, _, end in batch.sequence_rows:
         last = int(batch.input_ids[row, end - 1])
-        if last not in chat.end_ids or not bool(batch.target_mask[row, end - 1]):
+        is_target = bool(batch.target_mask[row, end - 1])
+        if last not in chat.end_ids or not is_target:
             raise InputError(
-                f"{where}: a completion ends in token {last}, taught: {bool(batch.target_mask[row, end - 1])}; expected "
-                f"an end token (one of {sorted(chat.end_ids)}) among the targets; correct the chat template's end"
+                f"{where}: a completion ends in token {last} (a target: {is_target}); expected one of "
+                f"{sorted(chat.end_ids)} among the targets; correct the end of the chat template"
+            )
+
+
+def check_same_rendering(lm: LanguageModel, others: Sequence[LanguageModel | ScalarModel], where: str) -> None:
+    """Raise `InputError` if a model that reads the policy's token ids has another tokenizer or template than `lm`."""
+    for other in others:
+        if other.chat.render_hash != lm.chat.render_hash:
+            raise InputError(
+                f"{where}: {other.name} writes conversations otherwise than {lm.name} (render hash "
+                f"{other.chat.render_hash}, not {lm.chat.render_hash}); expected the same tokenizer and chat template; "
+                "start both from one model"
             )
 
 

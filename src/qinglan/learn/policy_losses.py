@@ -1,9 +1,11 @@
-"""The losses of PPO, per token: clipped surrogate, value loss, entropy (Schulman et al. 2017).
+"""The losses of PPO, per token: clipped surrogate and value loss (Schulman et al. 2017).
 
 Every function returns one number a token and leaves the mean to the caller, who divides the sum by the number of tokens
 of the whole optimizer batch: the gradient then does not depend on how that batch was cut into micro-batches.
 
-Legend: N sampled tokens of a flat batch, V vocabulary.
+The entropy of the same tempered distribution comes with the log-probabilities, from `target_logprobs`.
+
+Legend: N sampled tokens of a flat batch.
 """
 
 from typing import NamedTuple
@@ -65,9 +67,3 @@ def value_loss(
         return ValueLoss(plain / 2, torch.zeros_like(values, dtype=torch.bool))
     bounded = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
     return ValueLoss(torch.maximum(plain, bounded) / 2, (bounded > plain).detach())
-
-
-def entropy_of_logits(logits: Float[Tensor, "... V"], temperature: float = 1.0) -> Float[Tensor, "..."]:
-    """Return -sum p log p of softmax(logits / temperature), in nats, in fp32."""
-    logprobs = (logits.float() / temperature).log_softmax(dim=-1)
-    return -(logprobs.exp() * logprobs).sum(dim=-1)

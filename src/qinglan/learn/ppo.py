@@ -43,7 +43,7 @@ from qinglan.learn.advantages import (
     whiten,
 )
 from qinglan.learn.alarms import find_alarms
-from qinglan.learn.checks import check_ratio, check_start, ratio_errors
+from qinglan.learn.checks import check_ratio, check_same_rendering, check_start, ratio_errors
 from qinglan.learn.optimize import (
     Checkpointer,
     restore_training,
@@ -85,7 +85,7 @@ class PPOResult(NamedTuple):
     """One message for each kind of alarm, at the iteration that first raised it."""
 
 
-class Task(NamedTuple):
+class Setting(NamedTuple):
     """What stays as it is while the policy learns."""
 
     reference: LanguageModel
@@ -125,12 +125,15 @@ def train_ppo(
     """Return a copy of `policy` trained to score higher, also saved as a model directory in `stage.dir/"model"`.
 
     Args:
-        policy: where training starts; it is not changed. reference: KL is measured against it (InstructGPT: the same
-        model as `policy`). scorer: one number for each completion, whatever it stands for. prompts: drawn in a new
-        order each pass. config: settings. stage: folder for checkpoints and result; a killed stage goes on from its
-        last checkpoint, bit-identical on CPU. seed: decides prompts, sampling and minibatches. value_start: the value
-        model starts as its copy (InstructGPT: the reward model); default: the policy's trunk with
-            a head of zeros. Read by estimator "gae" only.
+        policy: where training starts; it is not changed.
+        reference: KL is measured against it (InstructGPT: the same model as `policy`).
+        scorer: one number for each completion, whatever it stands for.
+        prompts: drawn in a new order each pass.
+        config: settings.
+        stage: folder for checkpoints and result; a killed stage goes on from its last checkpoint, bit-identical on CPU.
+        seed: decides prompts, sampling and minibatches.
+        value_start: the value model starts as its copy (InstructGPT: the reward model); default: the policy's trunk
+            with a head of zeros. Read by estimator "gae" only.
         pretrain: the pretraining corpus, by position; wanted where `ptx_coef` is above 0.
         gold: a second scorer that is only logged, to see whether the first is exploited.
         score_range: lowest and highest score that the reward model gave in its training, for an alarm.
@@ -144,7 +147,9 @@ def train_ppo(
         return PPOResult(load_language_model(directory, policy.device)._replace(name=stage.name), read_json(alarm_file))
 
     prompt_ids = _encode_prompts(policy, value_start, prompts, config, stage.name)
-    task = Task(reference, scorer, gold, score_range, _ptx_source(pretrain, config, stage.name), prompts, prompt_ids)
+    check_same_rendering(policy, [reference] if value_start is None else [reference, value_start], stage.name)
+    corpus = _ptx_source(pretrain, config, stage.name)
+    setting = Setting(reference, scorer, gold, score_range, corpus, prompts, prompt_ids)
     learners = make_learners(policy, value_start, config, seed, stage.name)
     controls = Controls(config.kl_coef, NO_MOMENTS, (), {})
     checkpointer = Checkpointer(stage.dir / "checkpoints")
@@ -153,7 +158,7 @@ def train_ppo(
 
     progress = stage.progress(config.num_iterations)
     for iteration in range(start, config.num_iterations):
-        controls = run_iteration(learners, task, controls, config, stage, seed, iteration)
+        controls = run_iteration(learners, setting, controls, config, stage, seed, iteration)
         if (iteration + 1) % config.checkpoint_every == 0:
             _save(checkpointer, learners, controls, iteration + 1)
         latest = controls.history[-1]
@@ -170,7 +175,7 @@ def train_ppo(
 
 def run_iteration(
     learners: Learners,
-    task: Task,
+    setting: Setting,
     controls: Controls,
     config: PPOConfig,
     stage: Stage,
@@ -183,31 +188,32 @@ def run_iteration(
 
     # 1. Prompts, in a new order each pass
     num_prompts = config.episodes_per_iteration // config.samples_per_prompt
-    chosen = list(prompt_positions(len(task.prompts), iteration * num_prompts, num_prompts, seed))
+    chosen = list(prompt_positions(len(setting.prompts), iteration * num_prompts, num_prompts, seed))
 
     # 2. Completions, with the log-probabilities of the policy that samples them
     rollout = draw_rollout(
         policy,
-        [task.prompts[i] for i in chosen],
-        [task.prompt_ids[i] for i in chosen],
+        [setting.prompts[i] for i in chosen],
+        [setting.prompt_ids[i] for i in chosen],
         config.sampling,
         seed=stream_seed(seed, "ppo", "rollout", iteration),
         num_samples=config.samples_per_prompt,
     )
-    metrics = {"seconds_sampling": time.monotonic() - started}
+    seconds_sampling = time.monotonic() - started
+    metrics: dict[str, float] = {}
     if iteration == 0:
         metrics |= check_start(policy, value, rollout.sequences, where)
     rollout = _settle_old_logprobs(policy, rollout, config, iteration, where)
 
     # 3. Scores; a completion cut at the limit pays for it
-    scores = ask_scorer(task.scorer, rollout.prompts, rollout.completions, what=f"{where}: the scorer")
+    scores = ask_scorer(setting.scorer, rollout.prompts, rollout.completions, what=f"{where}: the scorer")
     charged = charge_missing_eos(scores, rollout.finish_reasons, config.missing_eos, config.missing_eos_penalty)
     score_moments = controls.scores.merge(moments_of(torch.tensor(scores)))
-    metrics |= _score_metrics(task, rollout, scores, charged, where)
+    metrics |= _score_metrics(setting, rollout, scores, charged, where)
 
     # 4. Log-probabilities of the reference and values of all states, once for the whole rollout
     max_tokens = config.max_tokens
-    reference_logprobs = rollout_logprobs(task.reference, rollout, config.sampling.temperature, max_tokens)
+    reference_logprobs = rollout_logprobs(setting.reference, rollout, config.sampling.temperature, max_tokens)
     states = None if value is None else state_values(value, rollout, max_tokens)
 
     # 5. Rewards, advantages, returns
@@ -215,7 +221,7 @@ def run_iteration(
     metrics |= _rollout_metrics(rollout, reference_logprobs, targets, controls.kl_coef)
 
     # 6. Updates
-    metrics |= update(learners, task.pretrain, rollout, targets, config, seed, iteration, where=where)
+    metrics |= update(learners, setting.pretrain, rollout, targets, config, seed, iteration, where=where)
 
     # 7. KL coefficient, alarms, log
     kl_coef = controls.kl_coef
@@ -226,7 +232,7 @@ def run_iteration(
     new_alarms = {k: v for k, v in find_alarms(history, config.alarms).items() if k not in controls.alarms}
     for message in new_alarms.values():
         print(f"{stage.name}: alarm: {message}", file=sys.stderr)
-    stage.log(iteration, {**metrics, "seconds": time.monotonic() - started})
+    stage.log(iteration, {**metrics, "seconds": time.monotonic() - started, "seconds_sampling": seconds_sampling})
     if iteration % config.samples_every == 0:
         log_samples(stage, iteration, rollout, scores, config.num_logged_samples)
     return Controls(kl_coef, score_moments, history, controls.alarms | new_alarms)
@@ -347,19 +353,19 @@ def _settle_old_logprobs(
 
 
 def _score_metrics(
-    task: Task, rollout: Rollout, scores: list[float], charged: list[float], where: str
+    setting: Setting, rollout: Rollout, scores: list[float], charged: list[float], where: str
 ) -> dict[str, float]:
     """Return what is logged of scores, gold scores and how completions ended; here the gold scorer is asked."""
     known = moments_of(torch.tensor(scores))
     metrics = {"score": known.mean, "score_std": known.std, "num_scores": len(scores)}
     metrics["charged_score"] = _mean(charged)
-    if task.score_range is not None:
-        low, high = task.score_range
+    if setting.score_range is not None:
+        low, high = setting.score_range
         metrics["score_outside_range"] = _mean([float(not low <= score <= high) for score in scores])
-    if task.gold is not None:
+    if setting.gold is not None:
         what = f"{where}: the gold scorer"
         golds = torch.tensor(
-            ask_scorer(task.gold, rollout.prompts, rollout.completions, what=what, allow_unscored=True)
+            ask_scorer(setting.gold, rollout.prompts, rollout.completions, what=what, allow_unscored=True)
         )
         measured = moments_of(golds, ~golds.isnan())
         metrics["num_golds"] = measured.num_values
@@ -382,7 +388,7 @@ def _rollout_metrics(
         "kl": float(k1.sum(dim=1).mean()),
         "kl_k3": float(k3.sum(dim=1).mean()),
         "kl_coef": kl_coef,
-        "large_kl_tokens": float((k1.abs() > LARGE_KL).sum()),
+        "large_kl_share": float((k1.abs() > LARGE_KL).sum() / mask.sum()),
         "length": float(rollout.lengths.float().mean()),
         "length_max": float(rollout.lengths.max()),
         "return": returns.mean,

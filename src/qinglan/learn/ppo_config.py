@@ -71,13 +71,11 @@ class PPOConfig(Config):
     """Horizon of the adaptive coefficient, in episodes (Ziegler et al. 2019: 10,000)."""
 
     missing_eos: MissingEOS = "subtract"
-    """Completions cut at the length limit: take the penalty off their score, replace the score by minus it, or keep
-    it."""
+    """Completions cut at the length limit: the penalty is subtracted from, or replaces, their score; or keep it."""
     missing_eos_penalty: float = Field(default=1.0, ge=0)
     """The penalty, in units of the score (Stiennon et al. 2020 replace by -1)."""
     truncated: Literal["terminal", "bootstrap"] = "terminal"
-    """A completion cut at the limit ends there; or it goes on, and its value estimate stands in for score and
-    penalty."""
+    """A completion cut at the limit ends there, or its value estimate stands in for score and penalty."""
 
     ptx_coef: float = Field(default=0.0, ge=0)
     """Gamma, the weight of the pretraining gradient in every policy step (InstructGPT, PPO-ptx: 27.8; PPO: 0)."""

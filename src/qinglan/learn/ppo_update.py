@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qinglan.core.errors import InputError
 from qinglan.core.rng import permutation
 from qinglan.data.batch import make_batches
 from qinglan.learn.checks import check_ratio
@@ -40,8 +41,7 @@ from qinglan.models.language_model import (
 
 
 class Learners(NamedTuple):
-    """What learns, in place. The value model is there for estimator "gae" only, the average for `returned` "ema"
-    only."""
+    """What learns, in place: the value model with estimator "gae" only, the average where `returned` is "ema"."""
 
     policy: LanguageModel
     policy_optimizer: torch.optim.Optimizer
@@ -117,8 +117,10 @@ def update(
     *,
     where: str,
 ) -> dict[str, float]:
-    """Take the optimizer steps of one iteration and return its mean metrics. Raises `InputError` if one is not
-    finite."""
+    """Take the optimizer steps of one iteration and return its mean metrics.
+
+    Raises `InputError` if a gradient is not finite, or if the ratio of new to old probabilities is not 1 at the first.
+    """
     policy, value = learners.policy, learners.value
     rate = warmup_factor(iteration, config.warmup_iterations, config.warmup_start)
     set_lr(learners.policy_optimizer, rate * config.learning_rate)
@@ -203,13 +205,17 @@ def accumulate_gradients(
 
 
 def accumulate_ptx_gradients(policy: LanguageModel, token_ids: Sequence[list[int]], config: PPOConfig) -> float:
-    """Add gamma times the gradient of the mean pretraining loss to the policy's `.grad`; return that loss, nats per
-    token.
+    """Add gamma times the gradient of the mean pretraining loss to the policy's `.grad`; return the loss without gamma.
 
-    InstructGPT, objective 2: gamma * E over the pretraining corpus of log pi(x), here as the mean over tokens.
+    InstructGPT, objective 2: gamma * E over the pretraining corpus of log pi(x), here as the mean over tokens, in nats.
     """
     limit = max_context(policy.model)
     sequences = [TokenSequence(list(ids[:limit]), 1) for ids in token_ids if len(ids) > 1]
+    if not sequences:
+        raise InputError(
+            f"ptx: no pretraining sequence of two tokens or more among {len(token_ids)}; expected text to predict; give "
+            "a corpus or set ptx_coef to 0"
+        )
     num_tokens = sum(len(sequence.token_ids) - 1 for sequence in sequences)
     total = 0.0
     for batch in make_batches(sequences, max_tokens=config.max_tokens, pack=True):

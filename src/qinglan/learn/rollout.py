@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qinglan.core.files import read_jsonl, write_jsonl
+from qinglan.core.files import write_text
 from qinglan.core.records import Completion, FinishReason, Prompt
 from qinglan.core.rng import permutation
 from qinglan.core.run import Stage
@@ -124,8 +124,16 @@ def forget_samples(stage: Stage, from_step: int) -> None:
     """Remove the samples that an interrupted run wrote from `from_step` on: they are written again."""
     path = stage.run.dir / "samples.jsonl"
     if path.is_file():
-        rows = [row for _, row in read_jsonl(path)]
-        write_jsonl(path, [row for row in rows if row["stage"] != stage.name or row["step"] < from_step])
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if not _is_outdated(line, stage.name, from_step)))
+
+
+def _is_outdated(line: str, stage: str, from_step: int) -> bool:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return True  # cut short by a crash; what it was to say is written again
+    return row["stage"] == stage and row["step"] >= from_step
 
 
 def _text_of(prompt: Prompt) -> str:

@@ -2,7 +2,8 @@
 
 A scorer that raises, gives too few or too many numbers, or None, text, NaN or infinity stops the run with one line
 that names the prompt. A gold scorer only measures: what it could not score (NaN) is counted and left out, never read
-as wrong."""
+as wrong.
+"""
 
 import math
 from collections.abc import Sequence

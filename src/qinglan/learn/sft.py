@@ -140,30 +140,27 @@ def train_sft(
 
     # 3. Loop
     progress = stage.progress(num_steps)
-    for epoch in range(config.num_epochs):
+    for step in range(steps_done, num_steps):
+        epoch, place = divmod(step, steps_per_epoch)
         order = permutation(len(examples), seed, "sft", "order", epoch)
-        for place in range(steps_per_epoch):
-            step = epoch * steps_per_epoch + place
-            if step < steps_done:
-                continue
-            chosen = [examples[i] for i in order[place * config.batch_size :][: config.batch_size]]
-            set_lr(optimizer, config.optimizer.lr_at(step, num_steps))
-            masks = stream_seed(seed, "sft", "dropout", step)
-            metrics = update(student, optimizer, chosen, mix(step), config, masks, f"{stage.name}, step {step + 1}")
-            metrics["epoch"] = (step + 1) / steps_per_epoch
+        chosen = [examples[i] for i in order[place * config.batch_size :][: config.batch_size]]
+        set_lr(optimizer, config.optimizer.lr_at(step, num_steps))
+        masks = stream_seed(seed, "sft", "dropout", step)
+        metrics = update(student, optimizer, chosen, mix(step), config, masks, f"{stage.name}, step {step + 1}")
+        metrics["epoch"] = (step + 1) / steps_per_epoch
 
-            is_epoch_end = place == steps_per_epoch - 1
-            if is_epoch_end and valid_examples:
-                metrics["valid_loss"] = mean_loss(student, valid_examples, config.max_tokens)
-            if is_epoch_end and select is not None:
-                score = check_finite(select(student), "the selection score", f"{stage.name}, epoch {epoch + 1}")
-                metrics["selection_score"] = score
-                best = best.or_this(score, student)
-            stage.log(step + 1, metrics)
-            if (step + 1) % config.checkpoint_every == 0 or (is_epoch_end and select is not None):
-                tensors = training_tensors(student.model, optimizer) | best.tensors
-                checkpointer.save(step + 1, tensors, {"best_score": best.score})
-            progress.show(step + 1, f"loss {metrics['loss']:.3f}")
+        is_epoch_end = place == steps_per_epoch - 1
+        if is_epoch_end and valid_examples:
+            metrics["valid_loss"] = mean_loss(student, valid_examples, config.max_tokens)
+        if is_epoch_end and select is not None:
+            score = check_finite(select(student), "the selection score", f"{stage.name}, epoch {epoch + 1}")
+            metrics["selection_score"] = score
+            best = best.or_this(score, student)
+        stage.log(step + 1, metrics)
+        if (step + 1) % config.checkpoint_every == 0 or (is_epoch_end and select is not None):
+            tensors = training_tensors(student.model, optimizer) | best.tensors
+            checkpointer.save(step + 1, tensors, {"best_score": best.score})
+        progress.show(step + 1, f"loss {metrics['loss']:.3f}")
 
     # 4. Result
     if best.score is not None:

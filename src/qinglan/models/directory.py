@@ -1,5 +1,6 @@
 """Model directories in Hugging Face's layout: opened with errors that name what is wrong, replaced only when whole."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,6 +103,9 @@ def write_model_directory(directory: Path, write: Callable[[Path], None]) -> Non
             shutil.rmtree(left_over, ignore_errors=True)
         part.mkdir(parents=True)
         write(part)
+        for file in part.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
         if directory.exists():
             directory.rename(old)
         part.rename(directory)
@@ -111,6 +115,8 @@ def write_model_directory(directory: Path, write: Callable[[Path], None]) -> Non
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if old.exists() and not directory.exists():
+            old.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
 
 

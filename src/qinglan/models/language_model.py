@@ -121,7 +121,8 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """Return the trunk's last hidden states [B, T, D]; no logits are computed. Works for every model with a trunk.
 
-    Sequences in one row do not see each other. Raises `InputError` for a sequence longer than the model's context.
+    Sequences in one row do not see each other. Matmuls have the precision of the `Device.autocast` around the call.
+    Raises `InputError` for a sequence longer than the model's context.
     """
     context = max_context(model)
     longest = max(sequence.end - sequence.start for sequence in batch.sequence_rows)

@@ -1,14 +1,43 @@
-"""One draw from a next-token distribution: temperature, top-k, top-p, an allowed set, and the log-probability of the draw.
+"""One draw from a next-token distribution: temperature, top-k, top-p, an allowed set, and the draw's log-probability.
 
-The distribution that is drawn from is the one whose log-probabilities are returned, renormalised over what the filters
-leave (ppo_checklist rule 8). A row's draw depends on its own logits and its own uniform number only.
+The log-probability returned is that of the distribution drawn from, renormalised over what the filters leave: with any
+other, the ratio of a policy-gradient step would not be 1 at its start. A row's draw depends on its own logits and its
+own uniform number only.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field, model_validator
 from torch import Tensor
+
+from qinglan.core.config import Config
+
+
+class SamplingConfig(Config):
+    """How completions are drawn."""
+
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Divides the logits; 0 is greedy; 1 draws from the model itself, as PPO does (Ouyang et al. 2022, C.4)."""
+    top_k: int = Field(default=0, ge=0)
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Keep the smallest set of tokens with this probability (Holtzman et al. 2020); 1 keeps all."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Longest completion in tokens, the end token included."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion; the first one that appears, and what follows, is cut from the text."""
+    memory_budget_mib: int = Field(default=1024, ge=1)
+    """Memory for the rows that are being written (keys, values and logits), in MiB; decides how many go together."""
+    max_rows: int = Field(default=512, ge=1)
+    """Most rows written together, whatever the memory."""
+
+    @model_validator(mode="after")
+    def _stops_have_text(self) -> Self:
+        if any(not stop for stop in self.stop):
+            raise ValueError("stop: an empty text would end a completion before it begins; give at least one character")
+        return self
 
 
 class Draw(NamedTuple):
@@ -30,7 +59,7 @@ def draw(
 ) -> Draw:
     """Draw one token per row by inverting the cumulative distribution at `uniforms` (fp64, in [0, 1)).
 
-    Temperature 0 takes the most probable token. Filters apply in this order: allowed set, temperature, top-k, top-p.
+    Temperature 0 takes the most probable token. Filters come in this order: allowed set, temperature, top-k, top-p.
     """
     logits = logits.float()
     if allowed is not None:
@@ -38,13 +67,13 @@ def draw(
     if temperature == 0:
         token_ids = logits.argmax(-1)
         return Draw(token_ids, taken(logits.log_softmax(-1), token_ids))
-    logprobs = (filtered(logits / temperature, top_k, top_p)).log_softmax(-1)
+    logprobs = filtered(logits / temperature, top_k, top_p).log_softmax(-1)
     # The sum runs in fp64: in fp32 it would lose the tail of a large vocabulary.
     cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     target = uniforms[:, None] * cumulative[:, -1:]
-    # The first token whose cumulative probability exceeds the target; one of probability 0 never does so first.
+    # The first token whose cumulative probability exceeds the target; a token of probability 0 never does so first.
     token_ids = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return Draw(token_ids, taken(logprobs, token_ids.clamp(max=logits.shape[-1] - 1)))
+    return Draw(token_ids, taken(logprobs, token_ids.clamp(max=logits.shape[-1] - 1)))  # NaN finds no token at all
 
 
 def filtered(logits: Float[Tensor, "rows vocab"], top_k: int, top_p: float) -> Float[Tensor, "rows vocab"]:
@@ -54,10 +83,9 @@ def filtered(logits: Float[Tensor, "rows vocab"], top_k: int, top_p: float) -> F
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(-1)
-        outside = (
-            probabilities.cumsum(-1) - probabilities >= top_p
-        )  # the mass before a token decides, so one always stays
-        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+        # The mass in front of a token decides, so that the most probable one always stays.
+        is_outside = probabilities.cumsum(-1) - probabilities >= top_p
+        logits = logits.masked_fill(torch.empty_like(is_outside).scatter(-1, order, is_outside), -torch.inf)
     return logits
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qinglan.cli import CommandResult, Options
-from qinglan.core.device import Device, use_all_cores
+from qinglan.core.device import Device, prepare_process
 from qinglan.core.records import ComparisonGroup, Prompt, Scorer
 from qinglan.core.rng import stream_seed
 from qinglan.core.run import Run, Stage
@@ -30,6 +30,7 @@ from qinglan.learn.ppo_config import PPOConfig
 from qinglan.learn.reward import train_reward_model
 from qinglan.learn.reward_function import load_reward_function
 from qinglan.learn.sft import PretrainSource, train_sft
+from qinglan.models.chat import make_chat_format
 from qinglan.models.generate import SamplingConfig, sample_completions
 from qinglan.models.heads import as_scorer
 from qinglan.models.language_model import LanguageModel, load_language_model
@@ -37,7 +38,7 @@ from qinglan.recipes.instruct_gpt_config import InstructGPTConfig
 from qinglan.supervisors.simulated import make_labelers, rank_all
 from qinglan.tasks.assistant import World
 from qinglan.tasks.assistant_data import candidates_to_rank, quality_of, world_data
-from qinglan.tasks.base_models import resolve_model
+from qinglan.tasks.base_models import base_tokenizer, resolve_model
 from qinglan.tasks.corpus import pretraining_sequences
 
 __all__ = ["InstructGPTConfig", "main", "quickstart"]
@@ -50,7 +51,7 @@ def quickstart(config: InstructGPTConfig, options: Options) -> CommandResult:
 
 def main(config: InstructGPTConfig, options: Options) -> CommandResult:
     """Run the whole pipeline; stages without data are skipped and said so."""
-    use_all_cores()
+    prepare_process()
     out, seed = options.out or Path("runs/instruct-gpt"), options.seed
     device = Device.detect(config.device)
     base = load_language_model(resolve_model(config.model), device, template=config.template)
@@ -134,8 +135,8 @@ def gather(config: InstructGPTConfig, run: Run, base: LanguageModel, seed: int) 
     given = {name: path for name, path in files.items() if path is not None}
     if not given:
         data = world_data(config.world, config.hygiene, seed=seed, num_tokens=num_tokens)
-        is_ours = resolve_model(config.model) != Path(config.model)
-        corpus = pretraining_sequences(base.tokenizer._tokenizer, seed, max_tokens=96) if is_ours else None
+        is_family = base.chat.render_hash == make_chat_format(base_tokenizer()).render_hash
+        corpus = pretraining_sequences(base.tokenizer._tokenizer, seed, max_tokens=96) if is_family else None
         return data.pools, data.world, corpus
     for name, path in given.items():
         run.add_input(name, path)

@@ -1,8 +1,8 @@
 """The base models of the built-in world: sizes, drawing fresh weights, opening and shipping trained ones.
 
 A stock `transformers` decoder (Qwen3, for its QK-norm) with tied embeddings and one tokenizer for all, so that the
-shipped directories open in any tool. What makes such small nets learn fast is in `LOG.md`, with its measurements: RoPE base
-1,000 for a short context, matrices scaled by their fan-in, output matrices that start at zero.
+shipped directories open in any tool. RoPE base 1,000 for a short context, matrices scaled by their fan-in and output
+matrices that start at zero make such small nets learn faster; `LOG.md` has the measurements.
 """
 
 from pathlib import Path
