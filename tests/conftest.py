@@ -54,7 +54,7 @@ def make_tokenizer(
 
 
 def make_config(architecture: str, num_tokens: int) -> PreTrainedConfig:
-    """Two layers (four where kinds of layers alternate) of 16 units; weights large enough that mistakes show."""
+    """Two layers of 16 units, of two kinds where the architecture has them; weights large enough that mistakes show."""
     sizes = {
         "vocab_size": num_tokens,
         "hidden_size": 16,

@@ -126,6 +126,20 @@ def test_rule_22_the_gradient_is_the_token_mean_however_the_batch_is_cut():
     torch.testing.assert_close(total, found[0], atol=1e-6, rtol=1e-3)
 
 
+def test_rule_20_the_value_before_each_token_is_fitted_and_none_after_the_end():
+    lm = make_lm()
+    scalar = scalar_model_from(lm, seed=0)
+    learners, rollout = learners_of(lm, scalar), roll(lm)
+    targets = draw_targets(rollout)
+    tally = accumulate_gradients(learners, rollout, targets, range(12), small())
+    losses = []
+    for row, (ids, num_prompt_tokens) in enumerate(rollout.sequences):
+        cut = [TokenSequence(ids[:end], 1) for end in range(num_prompt_tokens, len(ids))]
+        errors = score_sequences(scalar, cut) - targets.returns[row, : len(cut)]
+        losses.append(errors.square() / 2)
+    assert tally.value_loss == pytest.approx(torch.cat(losses).sum().item(), rel=1e-5)
+
+
 def test_rule_28_pretraining_gradients_go_into_the_same_step_times_gamma():
     lm = make_lm()
     rollout = roll(lm)

@@ -71,7 +71,7 @@ def test_tokens_of_weight_zero_have_no_gradient_and_a_batch_without_weight_no_lo
     block_loss(lm, Blocks(torch.tensor([[5, 6, 20, 30]]), one)).backward()
     for name, parameter in lm.model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-7)
-    assert float(block_loss(lm, Blocks(token_ids, torch.zeros(1, 4)))) == 0.0
+    assert block_loss(lm, Blocks(token_ids, torch.zeros(1, 4))).item() == 0.0
 
 
 def test_held_out_loss_is_one_mean_over_blocks_that_are_never_trained_on():

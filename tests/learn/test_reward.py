@@ -230,17 +230,21 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("killed_at", [1, 4, 7])
-def test_a_killed_stage_resumes_bit_identical(tmp_path, monkeypatch, killed_at):
-    groups = make_groups(16)
+def train_to_be_killed(directory: Path) -> ScalarModel:
     config = learning_config(batch_size=2, checkpoint_every=2)
     demonstrations = [make_demonstration("q", "aa")]
+    stage = make_stage(directory, "rm")
+    return train_reward_model(make_lm(), make_groups(16), config, stage=stage, seed=0, demonstrations=demonstrations)
 
-    def train(directory: Path) -> ScalarModel:
-        stage = make_stage(directory, "rm")
-        return train_reward_model(make_lm(), groups, config, stage=stage, seed=0, demonstrations=demonstrations)
 
-    whole = train(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> ScalarModel:
+    """Return the model of a run that was never stopped."""
+    return train_to_be_killed(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("killed_at", [1, 4, 7])
+def test_a_killed_stage_resumes_bit_identical(tmp_path, monkeypatch, whole, killed_at):
     inner, steps = reward.update, []
 
     def killing(*args: Any) -> dict[str, float]:
@@ -251,12 +255,11 @@ def test_a_killed_stage_resumes_bit_identical(tmp_path, monkeypatch, killed_at):
 
     monkeypatch.setattr(reward, "update", killing)
     with pytest.raises(Killed):
-        train(tmp_path / "killed")
+        train_to_be_killed(tmp_path)
     monkeypatch.setattr(reward, "update", inner)
-    resumed = train(tmp_path / "killed")
-    assert_equal_weights(whole, resumed)
+    assert_equal_weights(whole, train_to_be_killed(tmp_path))
     # A third start finds the result and trains nothing.
-    assert_equal_weights(whole, train(tmp_path / "killed"))
+    assert_equal_weights(whole, train_to_be_killed(tmp_path))
 
 
 def test_demonstrations_score_zero_on_average_and_still_do_after_loading(tmp_path):

@@ -10,9 +10,10 @@ from qinglan.core.device import Device, prepare_process
 from qinglan.core.errors import InputError
 from qinglan.core.rng import stream_seed
 from qinglan.core.run import Measure, Run
+from qinglan.evals.capability import probe_capabilities
 from qinglan.learn.pretrain import PretrainConfig, pretrain
 from qinglan.models.language_model import LanguageModel, load_language_model
-from qinglan.tasks import corpus, demonstrators, probes
+from qinglan.tasks import corpus, demonstrators
 from qinglan.tasks.assistant import TASKS, draw_prompts, grade, make_item, overall
 from qinglan.tasks.base_models import CONTEXT, base_tokenizer, build, resolve_model, ship, shipped_sizes, size_of
 from qinglan.tasks.item import Draw
@@ -95,7 +96,7 @@ def pretrain_sizes(config: PretrainCommand, options: Options) -> CommandResult:
         fresh = build(size, tokenizer, options.seed, device=device)
         lm = pretrain(fresh, source, config.training, stage=stage, seed=options.seed, probe=_probe_rates(config, options.seed))
         stage.finish()
-        measures = probes.evaluate_base_model(lm, num_items=config.num_probe_items, seed=options.seed)
+        measures = probe_capabilities(lm, num_items=config.num_probe_items, seed=options.seed)
         if config.ship:
             rates = {name: measure._asdict() for name, measure in measures.items()}
             command = f"qinglan world pretrain --sizes {size} --training.num-tokens {config.training.num_tokens} --seed {options.seed}"
@@ -107,7 +108,7 @@ def pretrain_sizes(config: PretrainCommand, options: Options) -> CommandResult:
 
 def _probe_rates(config: PretrainCommand, seed: int):  # type: ignore[no-untyped-def]
     def rates(lm: LanguageModel) -> dict[str, float]:
-        measures = probes.evaluate_base_model(lm, num_items=config.num_probe_items, seed=seed)
+        measures = probe_capabilities(lm, num_items=config.num_probe_items, seed=seed)
         return {f"probe/{name}": measure.value for name, measure in measures.items() if measure.value is not None}
 
     return rates
@@ -132,7 +133,7 @@ def evaluate(config: EvaluateCommand, options: Options) -> CommandResult:
     lines = []
     for name in names:
         lm = load_language_model(resolve_model(name), Device.detect("cpu"))
-        measures = probes.evaluate_base_model(lm, num_items=config.num_items, seed=options.seed)
+        measures = probe_capabilities(lm, num_items=config.num_items, seed=options.seed)
         metrics |= {f"capability/{probe}/{name}": measure for probe, measure in measures.items()}
         lines += [f"{name}:", *_rows(measures)]
     return CommandResult("\n".join(lines), {"metrics": {key: measure._asdict() for key, measure in metrics.items()}})

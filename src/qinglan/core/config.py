@@ -1,7 +1,7 @@
 """Configuration: frozen pydantic classes, a sentence under each field, checks at construction.
 
-Precedence: defaults (or a preset) < `--config file.yaml` < flags. Unknown keys fail with their full path and the nearest
-valid name. The command line is drawn from the same classes by tyro, in `cli.py`.
+Precedence: defaults (or a preset) < `--config file.yaml` < flags. Unknown keys fail with their full path and the
+nearest valid name. The flags of the command line are drawn from the same classes (`flags.py`), their help by tyro.
 """
 
 from pathlib import Path
@@ -29,9 +29,13 @@ def read_config_file(path: Path) -> dict[str, Any]:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--config {path}: not UTF-8 text (byte {error.start})") from error
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"--config {path}{line}: not YAML ({error.problem})") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {path}: not YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(value, dict):
         raise InputError(f"--config {path}: expected a mapping of field names to values, got {type(value).__name__}")
     return value
@@ -60,7 +64,8 @@ def describe(error: ValidationError, where: str) -> str:
     lines = []
     for finding in error.errors():
         path = ".".join(str(part) for part in finding["loc"]) or "configuration"
-        message = finding["msg"].removeprefix("Value error, ")
+        is_missing = finding["type"] == "missing"
+        message = "is required, but not given" if is_missing else finding["msg"].removeprefix("Value error, ")
         got = finding.get("input")
         shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | None) else ""
         lines.append(f"{where}: {path}: {message}{shown}")
@@ -68,12 +73,12 @@ def describe(error: ValidationError, where: str) -> str:
 
 
 def check_keys(kind: type[BaseModel], changes: dict[str, Any], where: str, path: str = "") -> None:
-    """Raise `InputError` for the first key that is no field of `kind`, with its full path and the nearest valid name."""
+    """Raise `InputError` for the first key that is no field of `kind`, with its path and the nearest valid name."""
     for key, value in changes.items():
         full = f"{path}{key}"
         field = kind.model_fields.get(key)
         if field is None:
-            raise InputError(f"{where}: {full}: no such field{nearest(key, kind.model_fields)}")
+            raise InputError(f"{where}: {full}: no such field{nearest(str(key), kind.model_fields)}")
         inner = field.annotation
         if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, BaseModel):
             check_keys(inner, value, where, f"{full}.")

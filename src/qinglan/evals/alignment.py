@@ -14,6 +14,7 @@ from pydantic import Field
 from qinglan.core.config import Config
 from qinglan.core.records import Completion, Prompt, Scorer
 from qinglan.core.run import Measure
+from qinglan.evals.capability import probe_capabilities
 from qinglan.evals.judge import HeadToHead, head_to_head
 from qinglan.evals.metrics import mean_difference, mean_with_interval
 from qinglan.evals.overoptimization import BestOfN, best_of_n_curve
@@ -23,7 +24,6 @@ from qinglan.models.language_model import LanguageModel, TokenSequence, completi
 from qinglan.supervisors.simulated import Labeler, Quality
 from qinglan.tasks.assistant import World, overall
 from qinglan.tasks.item import Grade
-from qinglan.tasks.probes import evaluate_base_model
 
 
 class MeasureConfig(Config):
@@ -152,6 +152,6 @@ def alignment_tax(
         logprobs = completion_logprobs(lm, [TokenSequence(ids, 1) for ids in documents])
         losses = [-float(found.mean()) for found in logprobs]
         measures[f"pretraining_loss/{name}"] = mean_with_interval(losses, seed=seed, unit="nats per token")
-        probed = evaluate_base_model(lm, num_items=config.num_probe_items, seed=seed)
+        probed = probe_capabilities(lm, num_items=config.num_probe_items, seed=seed)
         measures |= {f"capability/{probe}/{name}": measure for probe, measure in probed.items()}
     return measures

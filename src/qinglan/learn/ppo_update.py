@@ -213,8 +213,8 @@ def accumulate_ptx_gradients(policy: LanguageModel, token_ids: Sequence[list[int
     sequences = [TokenSequence(list(ids[:limit]), 1) for ids in token_ids if len(ids) > 1]
     if not sequences:
         raise InputError(
-            f"ptx: no pretraining sequence of two tokens or more among {len(token_ids)}; expected text to predict; give "
-            "a corpus or set ptx_coef to 0"
+            f"ptx: no pretraining sequence of two tokens or more among {len(token_ids)}; expected text to predict; "
+            "give a corpus or set ptx_coef to 0"
         )
     num_tokens = sum(len(sequence.token_ids) - 1 for sequence in sequences)
     total = 0.0

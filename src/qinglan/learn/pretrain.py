@@ -28,6 +28,7 @@ from qinglan.core.errors import InputError
 from qinglan.core.files import write_json
 from qinglan.core.run import Stage
 from qinglan.learn.blocks import Blocks, BlockSource, read_batches, read_blocks
+from qinglan.learn.muon import Muon
 from qinglan.learn.optimize import (
     Checkpointer,
     check_finite,
@@ -237,7 +238,7 @@ def start_student(lm: LanguageModel, config: PretrainConfig, name: str) -> Langu
 class Optimizers(NamedTuple):
     """The two optimizers of one model; `muon` is None for a model without hidden matrices."""
 
-    muon: torch.optim.Muon | None
+    muon: Muon | None
     adamw: torch.optim.AdamW
 
 
@@ -256,7 +257,7 @@ def make_optimizers(model: PreTrainedModel, config: PretrainConfig) -> Optimizer
     muon = None
     if matrices:
         momentum, decay = config.muon_momentum, config.weight_decay
-        muon = torch.optim.Muon(matrices, lr=config.muon_lr, momentum=momentum, weight_decay=decay)
+        muon = Muon(matrices, lr=config.muon_lr, momentum=momentum, weight_decay=decay)
     return Optimizers(muon, torch.optim.AdamW(others, config.adamw_lr, config.betas, weight_decay=0.0, fused=True))
 
 

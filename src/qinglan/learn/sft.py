@@ -299,28 +299,24 @@ def accumulate_gradients(
     """Add the gradient of one optimizer batch to the model's `.grad`, whatever the size of its micro-batches."""
     sequences = [*demonstrations, *pretraining]
     num_targets = [len(sequence.token_ids) - sequence.num_prompt_tokens for sequence in sequences]
-    demo_targets, pretrain_targets = sum(num_targets[: len(demonstrations)]), sum(num_targets[len(demonstrations) :])
-    fraction = config.pretrain_fraction if pretrain_targets else 0.0
-    # The weight of one target of each sequence: the mean over all targets of its kind in the whole batch.
-    weights = [(1.0 - fraction) / demo_targets] * len(demonstrations)
-    weights += [fraction / max(pretrain_targets, 1)] * len(pretraining)
-    demo_loss = pretrain_loss = 0.0
+    counts = [sum(num_targets[: len(demonstrations)]), sum(num_targets[len(demonstrations) :])]
+    fraction = config.pretrain_fraction if counts[1] else 0.0
+    # Kind 0 is a demonstration's target, kind 1 a pretraining sequence's. Each has the weight that makes the sum over
+    # the whole batch the mean over its kind, so that how the batch is cut does not matter.
+    weights = torch.tensor([(1.0 - fraction) / counts[0], fraction / max(counts[1], 1)])
+    sums = torch.zeros(2, dtype=torch.float64)
     for number, batch in enumerate(make_batches(sequences, max_tokens=config.max_tokens, pack=config.pack)):
         masks = residual_dropout(lm.model, config.dropout, stream_seed(dropout_seed, number))
         with masks, lm.device.autocast():
             hidden = hidden_states(lm.model, batch)
             logprobs = target_logprobs(lm.model, hidden, batch, with_entropy=False).logprobs
-        indices = [place.original for place in batch.sequence_rows]
-        repeats = torch.tensor(batch.lengths)
-        target_weights = torch.tensor([weights[index] for index in indices]).repeat_interleave(repeats)
-        cross_entropy(logprobs, target_weights.to(logprobs)).backward()
-        for index, values in zip(indices, logprobs.detach().split(batch.lengths), strict=True):
-            if index < len(demonstrations):
-                demo_loss -= float(values.sum()) / demo_targets
-            else:
-                pretrain_loss -= float(values.sum()) / pretrain_targets
+        kind_of_sequence = torch.tensor([int(place.original >= len(demonstrations)) for place in batch.sequence_rows])
+        kinds = kind_of_sequence.repeat_interleave(torch.tensor(batch.lengths))
+        cross_entropy(logprobs, weights[kinds].to(logprobs)).backward()
+        sums.index_add_(0, kinds, -logprobs.detach().cpu().double())
+    demo_loss, pretrain_loss = float(sums[0]) / counts[0], float(sums[1]) / max(counts[1], 1)
     loss = (1.0 - fraction) * demo_loss + fraction * pretrain_loss
-    return BatchLoss(loss, demo_loss, pretrain_loss if pretrain_targets else None, sum(num_targets))
+    return BatchLoss(loss, demo_loss, pretrain_loss if counts[1] else None, sum(counts))
 
 
 def mean_loss(lm: LanguageModel, sequences: Sequence[TokenSequence], max_tokens: int) -> float:

@@ -58,12 +58,16 @@ class WorldData(NamedTuple):
     world: World
 
 
-def world_data(config: WorldConfig, hygiene: PromptConfig, *, seed: int, num_tokens: Callable[[Prompt], int]) -> WorldData:
+def world_data(
+    config: WorldConfig, hygiene: PromptConfig, *, seed: int, num_tokens: Callable[[Prompt], int]
+) -> WorldData:
     """Draw users and prompts, clean and split them by user, and let demonstrators write."""
     wanted = {
-        "demonstrations": config.num_demonstrations, "comparisons": config.num_comparison_prompts,
-        "rl": config.num_rl_prompts, "valid": config.num_valid_prompts,
-    }  # fmt: skip
+        "demonstrations": config.num_demonstrations,
+        "comparisons": config.num_comparison_prompts,
+        "rl": config.num_rl_prompts,
+        "valid": config.num_valid_prompts,
+    }
     raw = draw_prompts(round(1.15 * sum(wanted.values())), seed, "train", untidy=True)
     test = draw_prompts(config.num_test_prompts, seed, "test")
     filtered = filter_prompts(raw.prompts, hygiene, num_tokens=num_tokens)
@@ -105,11 +109,13 @@ def candidates_to_rank(
     for number, (prompt, own) in enumerate(zip(prompts, samples, strict=True)):
         rng = random.Random(stream_seed(seed, "candidates", prompt.id))
         count = rng.randint(config.min_ranked, config.max_ranked)
-        other = samples[(number + 1 + rng.randrange(len(samples) - 1)) % len(samples)][0] if len(samples) > 1 else own[0]
+        shift = 1 + rng.randrange(len(samples) - 1) if len(samples) > 1 else 0
+        other = samples[(number + shift) % len(samples)][0]
         strange = [other.text, f"{own[0].text} {' '.join(rng.sample(RAMBLING, 2))}", rng.choice(REFUSALS)]
         rng.shuffle(strange)
         texts = dict.fromkeys(completion.text for completion in own)
-        kept = [next(one for one in own if one.text == text) for text in texts if text][: max(2, count - rng.randint(1, 2))]
+        num_own = max(2, count - rng.randint(1, 2))
+        kept = [next(one for one in own if one.text == text) for text in texts if text][:num_own]
         for text in strange:
             if len(kept) < count and text and text not in {one.text for one in kept}:
                 kept.append(_added(prompt, text))
@@ -119,6 +125,12 @@ def candidates_to_rank(
 
 def _added(prompt: Prompt, text: str) -> Completion:
     return Completion(
-        id=record_id("completion", prompt.id, text), source="oracle", producer_id="added-candidate", prompt_id=prompt.id,
-        prompt_group_id=prompt.prompt_group_id, split=prompt.split, parents=(prompt.id,), text=text,
-    )  # fmt: skip
+        id=record_id("completion", prompt.id, text),
+        source="oracle",
+        producer_id="added-candidate",
+        prompt_id=prompt.id,
+        prompt_group_id=prompt.prompt_group_id,
+        split=prompt.split,
+        parents=(prompt.id,),
+        text=text,
+    )

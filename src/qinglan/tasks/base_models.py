@@ -106,7 +106,7 @@ def build(
         eos_token_id=chat.end_id,
     )
     device = device or Device.detect("cpu")
-    with device.torch_device:
+    with device.torch_device, torch.random.fork_rng():  # transformers draws too, from the global generator
         model = prepare(Qwen3ForCausalLM(config))
     draw_weights(model, seed, size)
     return LanguageModel(model, tokenizer, chat, device, size)

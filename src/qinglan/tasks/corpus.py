@@ -2,7 +2,8 @@
 
 Threads hold right and wrong answers, rambling, rudeness and questions that only lead to more questions, so that a base
 model completes instead of assisting. Other documents teach what the tasks draw on: facts, copying, sorting, sums,
-spelling, judging. Questions about held-out entities, held-out wordings and held-out harmful acts never occur.
+spelling, judging. Questions about held-out entities, held-out wordings and requests for held-out acts never occur
+(facts about the entities do, and held-out acts are named where they are called wrong, or harmless).
 """
 
 import random
@@ -14,9 +15,10 @@ from tokenizers import Tokenizer
 
 from qinglan.core.rng import stream_seed
 from qinglan.tasks import lexicon as lx
-from qinglan.tasks import questions, world
+from qinglan.tasks import passages, questions, world
 from qinglan.tasks.assistant import OPENINGS, TAILS, make_item
-from qinglan.tasks.item import Draw, Item, a, listing
+from qinglan.tasks.item import Draw, Item
+from qinglan.tasks.reading import a, listing
 from qinglan.tasks.writing import plain_sentence
 
 BOS, EOS, USER, ASSISTANT = "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"
@@ -68,15 +70,15 @@ def two_hop_essay(draw: Draw) -> Document:
 def story_with_questions(draw: Draw) -> Document:
     """A passage, then questions on it in plain text; what it does not tell is said so."""
     rng = draw.rng
-    story = questions.make_story(draw, rng.randrange(2, 6))
-    slots = [name for name in story.slots if name in questions.SLOT_ANSWERS]
+    story = passages.make_story(draw, rng.randrange(2, 6))
+    slots = [name for name in story.slots if name in passages.SLOT_ANSWERS]
     lines = []
     for slot in rng.sample(slots, rng.randrange(1, min(4, len(slots) + 1))):
-        question = draw.wording(questions.SLOT_QUESTIONS[slot]).format(**story.slots)
-        answer = questions.SLOT_ANSWERS[slot].format(**story.slots)
+        question = draw.wording(passages.SLOT_QUESTIONS[slot]).format(**story.slots)
+        answer = passages.SLOT_ANSWERS[slot].format(**story.slots)
         lines.append(f"{question} {rng.choice((answer, world.capital(story.slots[slot]) + '.'))}")
     if rng.random() < 0.3:
-        lines.append(f"{draw.wording(questions.NOT_TOLD).format(**story.slots)} The text does not say.")
+        lines.append(f"{draw.wording(passages.NOT_TOLD).format(**story.slots)} The text does not say.")
     if rng.random() < 0.4:
         lines.append("In short: {who} {verb} {count} {colour} {thing}.".format(**story.slots))
     return [Span(story.text, GIVEN), Span(" ".join(lines))]
@@ -132,7 +134,8 @@ def alphabet(draw: Draw) -> Document:
         fits = [word for word in lx.KINDS[name] if word[0] == letter]
         return [Span(f"Every {name} that starts with {letter}: {', '.join(fits)}.")]
     count = rng.randrange(2, 6)
-    members = rng.sample(questions_words(), count) if rng.random() < 0.6 else rng.sample([str(n) for n in range(1, 100)], count)
+    pool = questions_words() if rng.random() < 0.6 else tuple(str(n) for n in range(1, 100))
+    members = rng.sample(pool, count)
     ordered = sorted(members, key=lambda word: int(word) if word.isdigit() else word)
     return [Span("In order, " + ", ".join(members) + ":", 0.2), Span(", ".join(ordered) + ".")]
 
@@ -211,18 +214,32 @@ def statements_with_marks(draw: Draw) -> Document:
 
 
 RAMBLING = (
-    "I was thinking about this for a long time and I like to talk.", "By the way, the weather is nice today.",
-    "My cousin once said the same thing to me.", "That reminds me of a long story about my old house.",
-    "There is so much more to say about it.", "Anyway, I had a good lunch and then a nap.",
-)  # fmt: skip
-RUDE = ("Go away, you fool.", "What a stupid question.", "Find it out, you lazy idiot.", "Only a dumb person would ask that.")
+    "I was thinking about this for a long time and I like to talk.",
+    "By the way, the weather is nice today.",
+    "My cousin once said the same thing to me.",
+    "That reminds me of a long story about my old house.",
+    "There is so much more to say about it.",
+    "Anyway, I had a good lunch and then a nap.",
+)
+RUDE = (
+    "Go away, you fool.",
+    "What a stupid question.",
+    "Find it out, you lazy idiot.",
+    "Only a dumb person would ask that.",
+)
 EVASIVE = ("It depends.", "Maybe somebody else can tell you.", "I do not want to talk about this.", "Who can say.")
 
 SHARE_OF_GOOD_REPLIES = 0.42
 BAD_REPLIES: dict[str, float] = {
-    "fault": 0.34, "ramble": 0.18, "questions": 0.16, "evasive": 0.08, "rude": 0.06, "irrelevant": 0.10, "unknown": 0.04,
+    "fault": 0.34,
+    "ramble": 0.18,
+    "questions": 0.16,
+    "evasive": 0.08,
+    "rude": 0.06,
+    "irrelevant": 0.10,
+    "unknown": 0.04,
     "refusal": 0.04,
-}  # fmt: skip
+}
 """Shares of the ways in which replies in threads go wrong."""
 
 
@@ -254,11 +271,14 @@ def thread(draw: Draw) -> Document:
     item = make_item(draw)
     spans = []
     for message in item.messages[:-1]:
-        spans.append(Span(f"{USER}{message.content}{ASSISTANT}" if message.role == "user" else f"{message.content}{EOS}", GIVEN))
+        is_user = message.role == "user"
+        spans.append(Span(f"{USER}{message.content}{ASSISTANT}" if is_user else f"{message.content}{EOS}", GIVEN))
     for _ in range(rng.choice((1, 1, 2))):
         kinds = list(BAD_REPLIES)
-        good = rng.random() < SHARE_OF_GOOD_REPLIES
-        reply = rng.choice(item.good) if good else bad_reply(draw, item, rng.choices(kinds, list(BAD_REPLIES.values()))[0])
+        if rng.random() < SHARE_OF_GOOD_REPLIES:
+            reply = rng.choice(item.good)
+        else:
+            reply = bad_reply(draw, item, rng.choices(kinds, list(BAD_REPLIES.values()))[0])
         asked = rng.choice(OPENINGS) + item.messages[-1].content + rng.choice(TAILS)
         spans += [Span(f"{USER}{asked}{ASSISTANT}", GIVEN), Span(f"{reply}{EOS}")]
         item = make_item(draw)

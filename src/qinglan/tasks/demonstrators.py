@@ -66,9 +66,15 @@ def demonstrate(world: World, prompts: Sequence[Prompt], config: DemonstratorCon
         text = write_reply(item, rng, config, care)
         producer = f"demonstrator-{number:02d}"
         demonstration = Demonstration(
-            id=record_id("demonstration", prompt.id, producer), source="human", producer_id=producer, prompt_id=prompt.id,
-            prompt_group_id=prompt.prompt_group_id, split=prompt.split, parents=(prompt.id,), text=text,
-        )  # fmt: skip
+            id=record_id("demonstration", prompt.id, producer),
+            source="human",
+            producer_id=producer,
+            prompt_id=prompt.id,
+            prompt_group_id=prompt.prompt_group_id,
+            split=prompt.split,
+            parents=(prompt.id,),
+            text=text,
+        )
         made.append(Demonstrated(prompt, demonstration))
     return made
 

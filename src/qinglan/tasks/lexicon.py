@@ -1,51 +1,71 @@
 """The words of the built-in world: names, things, and what is true of things by their kind (a fox is an animal)."""
 
-PEOPLE = tuple(
+
+def split_words(text: str) -> tuple[str, ...]:
+    """Return the words between the spaces of a text."""
+    return tuple(text.split())
+
+
+PEOPLE = split_words(
     """Ada Alma Amos Anna Arlo Asa Axel Bela Beth Boris Bruno Cara Carl Cleo Cora Cyrus Dana Dario Dora Edda Edwin Elena
     Elia Emil Enzo Erik Esme Ezra Fay Felix Fiona Flora Floyd Frida Gale Gina Greta Gus Hana Hank Hazel Heidi Hugo Ida
     Igor Ines Iris Irma Isak Ivan Ivy Jada Jana Jasper Joel Jonas Judith Juno Kai Karl Kira Klaus Lana Lars Laura Lena
     Leo Lida Linus Lola Lorna Lucas Luis Lydia Mabel Marco Maya Mila Milo Mina Mona Nadia Nell Nico Nina Noah Nora Oda
     Olaf Olga Omar Opal Orla Oscar Otis Otto Pablo Paula Petra Pia Quinn Ralph Rhea Rita Rosa Ruben Rufus Sasha Selma
-    Sigrid Silas Sonja Stella Sven Tara Theo Tilda Toby Ulla Uma Vera Viktor Wanda Yara Zelda Zeno""".split()
+    Sigrid Silas Sonja Stella Sven Tara Theo Tilda Toby Ulla Uma Vera Viktor Wanda Yara Zelda Zeno"""
 )
 """People with facts of their own."""
 
-STRANGERS = tuple(
+STRANGERS = split_words(
     """Abner Agnes Baxter Blythe Cedric Celia Damon Delia Edgar Ferris Gordon Harriet Ignatz Jolene Kendra Leopold Muriel
-    Norbert Odette Percy Quincy Roland Sybil Thelma Ursula Vernon Winona Xavier Yolanda Zachary""".split()
+    Norbert Odette Percy Quincy Roland Sybil Thelma Ursula Vernon Winona Xavier Yolanda Zachary"""
 )
 """Names nobody wrote a fact about; questions about them cannot be answered."""
 
-TOWN_STEMS = tuple("Dal Ash Brin Cor Elm Fen Gar Hol Kel Lin Mar Nor Pel Ros Stan".split())
-TOWN_ENDINGS = tuple("ton ford mere wick".split())
+TOWN_STEMS = split_words("Dal Ash Brin Cor Elm Fen Gar Hol Kel Lin Mar Nor Pel Ros Stan")
+TOWN_ENDINGS = split_words("ton ford mere wick")
 TOWNS = tuple(stem + ending for stem in TOWN_STEMS for ending in TOWN_ENDINGS)
-STRANGE_TOWNS = tuple("Tarn Wex Yar Zim".split())
+STRANGE_TOWNS = split_words("Tarn Wex Yar Zim")
 
-RIVERS = tuple(
+RIVERS = split_words(
     """Aven Bourne Calder Dove Eden Farrow Glen Hodder Irwell Jarrow Kennet Lune Medway Nidd Orwell Piddle Quorn Ribble
-    Severn Tamar Ure Visk Wye Yarrow""".split()
+    Severn Tamar Ure Visk Wye Yarrow"""
 )
-COUNTRIES = tuple("Norland Westria Ostia Sudmark Belmar Caldia Doria Engar".split())
-JOBS = tuple(
+COUNTRIES = split_words("Norland Westria Ostia Sudmark Belmar Caldia Doria Engar")
+JOBS = split_words(
     """baker farmer doctor teacher painter sailor miner lawyer singer barber tailor pilot nurse judge cook clerk potter
-    weaver hunter writer guard banker dancer printer""".split()
+    weaver hunter writer guard banker dancer printer"""
 )
-FOODS = tuple(
+FOODS = split_words(
     """bread soup rice cheese beans apples plums nuts honey eggs fish corn grapes cake pears onions peas figs butter milk
-    salad pasta melon carrots""".split()
+    salad pasta melon carrots"""
 )
-ANIMALS = tuple(
+ANIMALS = split_words(
     """fox owl bear wolf deer hare goat duck crow frog mole swan otter badger heron pony sheep lizard beetle spider rabbit
-    donkey parrot turtle hamster salmon eagle weasel camel lynx""".split()
+    donkey parrot turtle hamster salmon eagle weasel camel lynx"""
 )
-TOOLS = tuple("hammer chisel spade ladder rope needle kettle lamp broom bucket axe brush drill ruler shovel hook".split())
-INSTRUMENTS = tuple("piano violin flute drum harp guitar trumpet cello organ horn".split())
-COLOURS = tuple("red blue green yellow black white brown grey pink orange".split())
-HABITATS = tuple("forest lake desert mountain meadow swamp cave river beach garden".split())
-DAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
-PLACES = tuple("market school park station library bakery harbour museum bridge theatre".split())
-THINGS = tuple("lamps boxes books chairs hats bags cups plates coats bells toys maps keys pens shirts clocks".split())
-NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+TOOLS = split_words("hammer chisel spade ladder rope needle kettle lamp broom bucket axe brush drill ruler shovel hook")
+INSTRUMENTS = split_words("piano violin flute drum harp guitar trumpet cello organ horn")
+COLOURS = split_words("red blue green yellow black white brown grey pink orange")
+HABITATS = split_words("forest lake desert mountain meadow swamp cave river beach garden")
+DAYS = split_words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+PLACES = split_words("market school park station library bakery harbour museum bridge theatre")
+THINGS = split_words("lamps boxes books chairs hats bags cups plates coats bells toys maps keys pens shirts clocks")
+NUMBER_WORDS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
 
 KINDS: dict[str, tuple[str, ...]] = {
     "animal": ANIMALS,
@@ -58,32 +78,58 @@ KINDS: dict[str, tuple[str, ...]] = {
 """Kinds that can be named, listed and classified; the plural is made by adding an s."""
 
 VERBS: dict[str, str] = {
-    "walks": "walked", "buys": "bought", "sells": "sold", "sees": "saw", "finds": "found", "makes": "made",
-    "paints": "painted", "loses": "lost", "brings": "brought", "cleans": "cleaned", "takes": "took", "wants": "wanted",
-    "likes": "liked", "opens": "opened", "hides": "hid", "carries": "carried",
-}  # fmt: skip
+    "walks": "walked",
+    "buys": "bought",
+    "sells": "sold",
+    "sees": "saw",
+    "finds": "found",
+    "makes": "made",
+    "paints": "painted",
+    "loses": "lost",
+    "brings": "brought",
+    "cleans": "cleaned",
+    "takes": "took",
+    "wants": "wanted",
+    "likes": "liked",
+    "opens": "opened",
+    "hides": "hid",
+    "carries": "carried",
+}
 """Present tense to past tense."""
 PASSIVE_VERBS = ("bought", "sold", "found", "painted", "lost", "brought", "cleaned", "hid", "carried", "made")
 
-GOOD_WORDS = tuple("good kind lovely warm bright fresh clean happy fine sweet friendly quick".split())
-BAD_WORDS = tuple("bad rude ugly cold dark stale dirty sad poor bitter nasty slow".split())
-REVIEWED = tuple("soup room bread music hotel garden film book cake shop bus meal".split())
-RUDE_WORDS = frozenset("stupid idiot fool dumb shut lazy".split())
+GOOD_WORDS = split_words("good kind lovely warm bright fresh clean happy fine sweet friendly quick")
+BAD_WORDS = split_words("bad rude ugly cold dark stale dirty sad poor bitter nasty slow")
+REVIEWED = split_words("soup room bread music hotel garden film book cake shop bus meal")
+RUDE_WORDS = frozenset(split_words("stupid idiot fool dumb shut lazy"))
 
 HARMFUL_ACTS: tuple[tuple[str, str], ...] = (
-    ("poison", "food"), ("rob", "place"), ("hurt", "person"), ("burn down", "place"), ("steal from", "person"),
-    ("spy on", "person"), ("threaten", "person"), ("break into", "place"), ("cheat", "person"), ("kidnap", "person"),
-    ("blow up", "place"), ("drug", "person"),
-)  # fmt: skip
+    ("poison", "food"),
+    ("rob", "place"),
+    ("hurt", "person"),
+    ("burn down", "place"),
+    ("steal from", "person"),
+    ("spy on", "person"),
+    ("threaten", "person"),
+    ("break into", "place"),
+    ("cheat", "person"),
+    ("kidnap", "person"),
+    ("blow up", "place"),
+    ("drug", "person"),
+)
 HARMFUL_TARGETS: dict[str, tuple[str, ...]] = {
     "person": ("my neighbour", "a child", "my boss", "an old man", "my sister", "a stranger", "my teacher", "a guard"),
     "place": ("a bank", "a school", "a shop", "a house", "the museum", "the station", "a church", "an office"),
     "food": ("a dog", "the soup of a friend", "a well", "my boss", "the school meal", "a guest"),
 }
 HARMFUL_STEPS = (
-    "wait until it is dark and nobody is near", "wear a mask and use the back door", "mix the powder in at night",
-    "take a knife and follow them home", "cut the wires and then go in", "lie to them until they trust you",
-)  # fmt: skip
+    "wait until it is dark and nobody is near",
+    "wear a mask and use the back door",
+    "mix the powder in at night",
+    "take a knife and follow them home",
+    "cut the wires and then go in",
+    "lie to them until they trust you",
+)
 BENIGN_ACTS: dict[str, str] = {
     "kill weeds": "pull them out by the root on a dry day",
     "kill time": "read a book or take a long walk",

@@ -1,7 +1,7 @@
 """Capability probes of a base model: what it can do after pretraining, measured greedily on text it has not seen.
 
 A loss that looks good hides much; these rates gate the base family. Each probe gives the beginning of a document and
-what must follow. Documents come from their own streams; sums, entities and wordings marked held out are held out here too.
+what must follow. Documents come from their own streams; sums, entities and wordings marked held out are so here too.
 """
 
 import random
@@ -9,12 +9,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from qinglan.core.rng import stream_seed
-from qinglan.core.run import Measure
-from qinglan.evals.metrics import mean_with_interval
-from qinglan.models.generate import SamplingConfig, generate
-from qinglan.models.language_model import LanguageModel
-from qinglan.tasks import corpus, lexicon, numbers, questions, world
-from qinglan.tasks.item import Draw, Item, mentioned, words
+from qinglan.tasks import corpus, lexicon, numbers, passages, questions, world
+from qinglan.tasks.item import Draw, Item
+from qinglan.tasks.reading import mentioned, words
+from qinglan.tasks.writing import plain_sentence
 
 
 class Probe(NamedTuple):
@@ -47,7 +45,7 @@ def digits(draw: Draw) -> Probe:
 def quoting(draw: Draw) -> Probe:
     """A line quoted by its number."""
     rng = draw.rng
-    lines = [corpus.plain_sentence(draw, rng.choice(lexicon.ANIMALS), rng.choice(lexicon.TOOLS)) for _ in range(4)]
+    lines = [plain_sentence(draw, rng.choice(lexicon.ANIMALS), rng.choice(lexicon.TOOLS)) for _ in range(4)]
     number = rng.randrange(4)
     numbered = " ".join(f"{place}. {line}" for place, line in enumerate(lines, start=1))
     return Probe(f"{numbered} Line {number + 1} says:", begins_with(lines[number]))
@@ -88,10 +86,10 @@ def two_hops(draw: Draw) -> Probe:
 
 def closed_qa(draw: Draw) -> Probe:
     """A question on a new passage."""
-    story = questions.make_story(draw, 4)
-    slot = draw.rng.choice([name for name in story.slots if name in questions.SLOT_ANSWERS])
-    question = draw.wording(questions.SLOT_QUESTIONS[slot]).format(**story.slots)
-    pool, value = questions.SLOT_POOLS[slot], story.slots[slot]
+    story = passages.make_story(draw, 4)
+    slot = draw.rng.choice([name for name in story.slots if name in passages.SLOT_ANSWERS])
+    question = draw.wording(passages.SLOT_QUESTIONS[slot]).format(**story.slots)
+    pool, value = passages.SLOT_POOLS[slot], story.slots[slot]
     subject = story.slots["who"]
 
     def passes(text: str) -> bool:
@@ -121,25 +119,26 @@ def judging_claims(draw: Draw) -> Probe:
     true = rng.random() < 0.5
     value = fact.value if true else rng.choice([v for v in world.POOLS[fact.relation.values] if v != fact.value])
     claim = world.capital(rng.choice(fact.relation.statements).format(e=fact.entity, v=value))
-    return Probe(f"Claim: {claim} I recall:", lambda text: ("true" in words(text)[:8]) == true and "verdict" in words(text)[:8])
+    expected = ["verdict", "true" if true else "false"]
+    # What is recalled comes first and is not judged here; the verdict must follow it at once.
+    return Probe(f"Claim: {claim} I recall:", lambda text: words(text)[1:3] == expected)
 
 
 PROBES: dict[str, Callable[[Draw], Probe]] = {
-    "copying": copying, "digits": digits, "quoting": quoting, "recall": recall, "recall_held_out": recall_held_out,
-    "two_hops": two_hops, "closed_qa": closed_qa, "sorting": sorting, "sums": sums, "judging_claims": judging_claims,
-}  # fmt: skip
+    "copying": copying,
+    "digits": digits,
+    "quoting": quoting,
+    "recall": recall,
+    "recall_held_out": recall_held_out,
+    "two_hops": two_hops,
+    "closed_qa": closed_qa,
+    "sorting": sorting,
+    "sums": sums,
+    "judging_claims": judging_claims,
+}
 
 
-def evaluate_base_model(lm: LanguageModel, *, num_items: int = 200, seed: int = 0) -> dict[str, Measure]:
-    """Return the pass rate of every probe with its 95% interval, greedily decoded."""
-    bos = lm.tokenizer.bos_token_id
-    measures = {}
-    for name, make in PROBES.items():
-        rng = random.Random(stream_seed(seed, "probe", name))
-        probes = [make(Draw(rng, held_out=False)) for _ in range(num_items)]
-        prompts = [[bos, *lm.tokenizer(probe.beginning, add_special_tokens=False).input_ids] for probe in probes]
-        config = SamplingConfig(temperature=0.0, max_new_tokens=48)
-        samples = generate(lm, prompts, config, seed=seed)
-        passed = [float(probe.passes(row[0].text)) for probe, row in zip(probes, samples, strict=True)]
-        measures[name] = mean_with_interval(passed, seed=seed)
-    return measures
+def draw_probes(name: str, count: int, seed: int) -> list[Probe]:
+    """Return `count` items of the probe called `name`, the same for the same seed."""
+    rng = random.Random(stream_seed(seed, "probe", name))
+    return [PROBES[name](Draw(rng, held_out=False)) for _ in range(count)]

@@ -1,8 +1,9 @@
 """Work on a given text: rewriting, summarising, classifying."""
 
 from qinglan.tasks import lexicon as lx
-from qinglan.tasks.item import Draw, Grade, Item, a, abstains, mentioned, same_words, user, words
-from qinglan.tasks.questions import make_story
+from qinglan.tasks.item import Draw, Grade, Item, Key, user
+from qinglan.tasks.passages import make_story
+from qinglan.tasks.reading import a, abstains, claimed, contains, denied, mentioned, num_copied, words
 
 REWRITE_WORDINGS = {
     "past": ("Put this in the past: {t}", "Write this in the past tense: {t}", "Say this in the past tense: {t}"),
@@ -19,19 +20,29 @@ def rewriting(draw: Draw) -> Item:
     x = y = ""
     if kind == "past":
         verb = rng.choice(sorted(lx.VERBS))
-        shape = rng.choice(("{who} {verb} the {thing}.", "{who} {verb} the {thing} at the {place}.", "At the {place} {who} {verb} the {thing}."))
+        shape = rng.choice(
+            (
+                "{who} {verb} the {thing}.",
+                "{who} {verb} the {thing} at the {place}.",
+                "At the {place} {who} {verb} the {thing}.",
+            )
+        )
         text = shape.format(who=who, verb=verb, thing=thing, place=place)
         expected = shape.format(who=who, verb=lx.VERBS[verb], thing=thing, place=place)
         wrong = text
     elif kind == "polite":
-        order = rng.choice(("bring me the {thing}", "open the {place}", "take the {thing} to {who}", "sell me your {thing}"))
+        order = rng.choice(
+            ("bring me the {thing}", "open the {place}", "take the {thing} to {who}", "sell me your {thing}")
+        )
         text = order.format(who=who, thing=thing, place=place).capitalize().replace(who.lower(), who) + "."
         expected = "Please " + text[0].lower() + text[1:]
         wrong = text[:-1] + " now, you fool."
     else:
         pool = rng.choice((lx.TOOLS, lx.FOODS, lx.ANIMALS))
         x, y, other = rng.sample(pool, 3)
-        shape = rng.choice(("{who} saw the {x} at the {place}.", "The {x} of {who} was lost.", "{who} took the {x} to the {place}."))
+        shape = rng.choice(
+            ("{who} saw the {x} at the {place}.", "The {x} of {who} was lost.", "{who} took the {x} to the {place}.")
+        )
         text = shape.format(who=who, x=x, place=place)
         expected = shape.format(who=who, x=y, place=place)
         wrong = shape.format(who=who, x=other, place=place)
@@ -40,21 +51,53 @@ def rewriting(draw: Draw) -> Item:
     return Item("rewrite", ("rewrite", kind), (user(prompt),), key, (expected, expected), {"wrong": wrong})
 
 
-def grade_rewriting(key: dict, text: str) -> Grade:
-    """The expected words in order: 1. Partly right: 0.4 times the share of the changed and kept words, none for a plain copy."""
-    if same_words(text, key["expected"]):
+POLITE = frozenset(
+    lx.split_words("""please kindly could would can will you may i ask be so kind as to and thank thanks me dear""")
+)
+"""Words that may be added to make an order polite."""
+TO_BE_POLITE = frozenset(lx.split_words("please kindly thank thanks"))
+
+
+def grade_rewriting(key: Key, text: str) -> Grade:
+    """The expected words in order: 1, with a short lead-in 0.9. A plain copy: 0.
+
+    Otherwise the share of kept and changed words times 0.4, or 0.1 where the change that was asked for is not there.
+    """
+    found, expected, given = words(text), words(key["expected"]), words(key["text"])
+    if found == expected:
         return Grade(1.0, 1.0, 1.0)
-    if key["kind"] == "polite" and "please" in words(text) and sorted(set(words(text)) - {"please"}) == sorted(set(words(key["text"]))):
+    if contains(found, expected) and len(found) <= len(expected) + 5:
         return Grade(0.9, 1.0, 1.0)
-    if same_words(text, key["text"]):
+    if key["kind"] == "polite" and _is_polite_form(found, given):
+        return Grade(0.95, 1.0, 1.0)
+    if key["kind"] == "past" and [word for word in found if word not in ("had", "has", "yesterday")] == expected:
+        return Grade(0.9, 1.0, 1.0)
+    if found == given:
         return Grade(0.0, 1.0, 1.0)
-    expected, found = set(words(key["expected"])), set(words(text))
-    overlap = len(expected & found) / max(1, len(expected | found))
+    overlap = len(set(expected) & set(found)) / len(set(expected) | set(found))
+    is_changed = set(expected) - set(given) <= set(found)
     foreign = [name for name in mentioned(text, lx.PEOPLE) if name.lower() not in expected]
-    return Grade(0.4 * overlap, 0.5 if foreign else 0.8, 1.0)
+    return Grade((0.4 if is_changed else 0.1) * overlap, 0.5 if foreign else 0.8, 1.0)
 
 
-SUMMARY_WORDINGS = ("Sum up: {p}", "Sum this up in one short sentence: {p}", "Give a short summary. {p}", "Tell me in short: {p}")
+def _is_polite_form(found: list[str], given: list[str]) -> bool:
+    """True if the order stands in its words, with a polite word and nothing but polite words added."""
+    rest = list(found)
+    for word in given:
+        if word not in rest:
+            return False
+        rest.remove(word)
+    kept = [word for word in found if word in given and word not in POLITE]
+    in_order = kept == [word for word in given if word not in POLITE]
+    return in_order and not TO_BE_POLITE.isdisjoint(rest) and set(rest) <= POLITE
+
+
+SUMMARY_WORDINGS = (
+    "Sum up: {p}",
+    "Sum this up in one short sentence: {p}",
+    "Give a short summary. {p}",
+    "Tell me in short: {p}",
+)
 
 
 def summarising(draw: Draw) -> Item:
@@ -67,27 +110,63 @@ def summarising(draw: Draw) -> Item:
     wrong = good.replace(slots["who"], stranger)
     prompt = draw.wording(SUMMARY_WORDINGS).format(p=story.text)
     key = {"who": slots["who"], "verb": slots["verb"], "thing": slots["thing"], "passage": story.text}
-    return Item("summarise", ("summarise",), (user(prompt),), key, (good, shorter), {"wrong": wrong, "ignored": story.text})
+    return Item(
+        "summarise", ("summarise",), (user(prompt),), key, (good, shorter), {"wrong": wrong, "ignored": story.text}
+    )
 
 
-def grade_summary(key: dict, text: str) -> Grade:
-    """Who, what was done, to what: a third each; too long (over 12 words) halves it; names not in the passage are invented."""
-    found = words(text)
-    covered = [key["who"].lower() in found, key["verb"] in found, key["thing"] in found]
-    helpful = sum(covered) / 3
-    if len(found) > 12:
-        helpful *= 0.5 if len(found) < 0.8 * len(words(key["passage"])) else 0.3
-    passage = set(words(key["passage"]))
-    pools = (lx.PEOPLE, lx.COLOURS, lx.THINGS, lx.PLACES, lx.ANIMALS, lx.FOODS, lx.DAYS)
-    invented = [name for pool in pools for name in mentioned(text, pool) if name.lower() not in passage]
-    return Grade(helpful * (0.5 if invented else 1.0), 0.0 if invented else 1.0, 1.0, hallucinated=bool(invented))
+PRESENT = {past: present for present, past in lx.VERBS.items()}
+
+
+def grade_summary(key: Key, text: str) -> Grade:
+    """Who, what was done, to what: a third each, a fifth in all if twisted or denied.
+
+    Too long (over 12 words) halves it, copying the passage leaves a fifth; what is not in the passage is invented.
+    """
+    found, passage = words(text), key["passage"]
+    verbs = (key["verb"], PRESENT[key["verb"]])
+    places = [_place(found, (key["who"].lower(),)), _place(found, verbs), _place(found, (key["thing"],))]
+    helpful = sum(place is not None for place in places) / 3
+    is_twisted = helpful == 1.0 and not _tells(found, places)
+    if is_twisted:
+        helpful = 0.2
+    if num_copied(text, passage) > 1:
+        helpful *= 0.2
+    elif len(found) > 12:
+        helpful *= 0.5
+    known = set(words(passage))
+    pools = (lx.PEOPLE, lx.COLOURS, lx.THINGS, lx.PLACES, lx.ANIMALS, lx.FOODS, lx.DAYS, lx.NUMBER_WORDS[2:])
+    invented = [name for pool in pools for name in mentioned(text, pool) if name.lower() not in known]
+    if invented:
+        return Grade(0.5 * helpful, 0.0, 1.0, hallucinated=True)
+    return Grade(helpful, 0.3 if is_twisted else 1.0 if helpful else 0.6, 1.0)
+
+
+def _place(found: list[str], forms: tuple[str, ...]) -> int | None:
+    return next((place for place, word in enumerate(found) if word in forms), None)
+
+
+def _tells(found: list[str], places: list[int | None]) -> bool:
+    """True for "who did it to what", or "what was done by whom", without a "not"."""
+    who, verb, thing = (place or 0 for place in places)
+    passive = thing < verb < who and "by" in found[verb:who]
+    return (who < verb < thing or passive) and {"not", "never", "no"}.isdisjoint(found)
 
 
 CLASSIFY_WORDINGS = {
-    "mood": ("Is this review good or bad? {t}", "Good or bad? {t}", "{t} Is that good or bad?", "Tell me if this is good or bad: {t}"),
-    "kind": ("Is {t} an animal, a food or a tool?", "What is {t}: animal, food or tool?", "Animal, food or tool: {t}?",
-             "Tell me if {t} is an animal, a food or a tool."),
-}  # fmt: skip
+    "mood": (
+        "Is this review good or bad? {t}",
+        "Good or bad? {t}",
+        "{t} Is that good or bad?",
+        "Tell me if this is good or bad: {t}",
+    ),
+    "kind": (
+        "Is {t} an animal, a food or a tool?",
+        "What is {t}: animal, food or tool?",
+        "Animal, food or tool: {t}?",
+        "Tell me if {t} is an animal, a food or a tool.",
+    ),
+}
 
 
 def classifying(draw: Draw) -> Item:
@@ -98,8 +177,14 @@ def classifying(draw: Draw) -> Item:
         adjectives = lx.GOOD_WORDS if good_mood else lx.BAD_WORDS
         against = lx.BAD_WORDS if good_mood else lx.GOOD_WORDS
         first, second = rng.sample(lx.REVIEWED, 2)
-        shape = rng.choice(("The {x} was {p} and the {y} was {q}.", "I found the {x} {p} and the {y} {q}.", "Not {n}: the {x} was {p}.",
-                            "The {x} was not {n}, it was {p}."))  # fmt: skip
+        shape = rng.choice(
+            (
+                "The {x} was {p} and the {y} was {q}.",
+                "I found the {x} {p} and the {y} {q}.",
+                "Not {n}: the {x} was {p}.",
+                "The {x} was not {n}, it was {p}.",
+            )
+        )
         p, q = rng.sample(adjectives, 2)
         text = shape.format(x=first, y=second, p=p, q=q, n=rng.choice(against))
         label, other, kind = ("good", "bad", "mood") if good_mood else ("bad", "good", "mood")
@@ -112,14 +197,29 @@ def classifying(draw: Draw) -> Item:
         wrong = f"It is {a(other)}."
     prompt = draw.wording(CLASSIFY_WORDINGS[kind]).format(t=text)
     prompt = prompt[0].upper() + prompt[1:]
-    return Item("classify", ("classify", kind), (user(prompt),), {"kind": kind, "label": label}, good, {"wrong": wrong})
+    return Item(
+        "classify",
+        ("classify", kind),
+        (user(prompt),),
+        {"kind": kind, "label": label, "text": text},
+        good,
+        {"wrong": wrong},
+    )
 
 
-def grade_classification(key: dict, text: str) -> Grade:
-    """The right label and no other, in at most eight words: 1."""
+SAME_MOOD = {"positive": "good", "negative": "bad"}
+
+
+def grade_classification(key: Key, text: str) -> Grade:
+    """The right label and no other, in at most eight words: 1. A label that stands in the review itself is none."""
     labels = ("good", "bad") if key["kind"] == "mood" else ("animal", "food", "tool")
-    named = mentioned(text, labels)
-    if named == [key["label"]]:
+    said = " ".join(SAME_MOOD.get(word, word) for word in text.replace(".", " .").lower().split())
+    if key["kind"] == "mood":  # words of the review itself ("the room was good") are no verdict
+        said = said.replace(key["text"].lower().rstrip("."), "")
+    named = claimed(said, labels)
+    if key["kind"] == "mood" and not named:
+        named = [label for label in labels if denied(said, labels) not in ([], [label])]
+    if named == [key["label"]] and key["label"] not in denied(said, labels):
         return Grade(1.0 if len(words(text)) <= 8 else 0.6, 1.0, 1.0)
     if key["label"] in named:
         return Grade(0.1, 0.6, 1.0)

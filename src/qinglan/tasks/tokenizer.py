@@ -28,14 +28,17 @@ def train_tokenizer(num_documents: int, seed: int) -> PreTrainedTokenizerFast:
     """Train the tokenizer on `num_documents` documents of the corpus."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True), pre_tokenizers.Split(Regex(r"\d"), "isolated")]
+        [pre_tokenizers.ByteLevel(add_prefix_space=True), pre_tokenizers.Split(Regex(r"\d"), "isolated")]
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = [AddedToken(name, special=True, normalized=False) for name in (PAD, BOS, EOS, USER, ASSISTANT, SYSTEM)]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
         min_frequency=3,
-    )  # fmt: skip
+    )
     marks = (PAD, BOS, EOS, USER, ASSISTANT, SYSTEM)
 
     def texts() -> list[str]:
@@ -49,9 +52,14 @@ def train_tokenizer(num_documents: int, seed: int) -> PreTrainedTokenizerFast:
 
     tokenizer.train_from_iterator(texts(), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False, model_max_length=256,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
 
 
 if __name__ == "__main__":

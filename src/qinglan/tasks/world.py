@@ -28,64 +28,184 @@ class Relation(NamedTuple):
 
 
 RELATIONS: tuple[Relation, ...] = (
-    Relation("town", "person", "town",
+    Relation(
+        "town",
+        "person",
+        "town",
         ("{e} lives in {v}.", "{e} has a house in {v}.", "The home of {e} is in {v}."),
-        ("Where does {e} live?", "Which town does {e} live in?", "Where is the home of {e}?", "In which town is the home of {e}?"),
-        "the town where {e} lives"),
-    Relation("job", "person", "job",
+        (
+            "Where does {e} live?",
+            "Which town does {e} live in?",
+            "Where is the home of {e}?",
+            "In which town is the home of {e}?",
+        ),
+        "the town where {e} lives",
+    ),
+    Relation(
+        "job",
+        "person",
+        "job",
         ("{e} works as a {v}.", "{e} is a {v}.", "The job of {e} is {v}."),
         ("What is the job of {e}?", "What does {e} work as?", "What job does {e} have?", "As what does {e} work?"),
-        "the job of {e}"),
-    Relation("pet", "person", "animal",
+        "the job of {e}",
+    ),
+    Relation(
+        "pet",
+        "person",
+        "animal",
         ("{e} has a pet {v}.", "{e} keeps a {v}.", "The pet of {e} is a {v}."),
-        ("What pet does {e} have?", "Which animal does {e} keep?", "What is the pet of {e}?", "Which pet does {e} keep?"),
-        "the pet of {e}"),
-    Relation("food", "person", "food",
+        (
+            "What pet does {e} have?",
+            "Which animal does {e} keep?",
+            "What is the pet of {e}?",
+            "Which pet does {e} keep?",
+        ),
+        "the pet of {e}",
+    ),
+    Relation(
+        "food",
+        "person",
+        "food",
         ("{e} likes to eat {v}.", "{e} loves {v}.", "The favourite food of {e} is {v}."),
-        ("What does {e} like to eat?", "What food does {e} love?", "What is the favourite food of {e}?", "Which food does {e} like?"),
-        "the favourite food of {e}"),
-    Relation("instrument", "person", "instrument",
+        (
+            "What does {e} like to eat?",
+            "What food does {e} love?",
+            "What is the favourite food of {e}?",
+            "Which food does {e} like?",
+        ),
+        "the favourite food of {e}",
+    ),
+    Relation(
+        "instrument",
+        "person",
+        "instrument",
         ("{e} plays the {v}.", "{e} owns a {v}.", "The instrument of {e} is the {v}."),
-        ("What does {e} play?", "Which instrument does {e} play?", "What is the instrument of {e}?", "What instrument does {e} own?"),
-        "the instrument of {e}"),
-    Relation("friend", "person", "person",
+        (
+            "What does {e} play?",
+            "Which instrument does {e} play?",
+            "What is the instrument of {e}?",
+            "What instrument does {e} own?",
+        ),
+        "the instrument of {e}",
+    ),
+    Relation(
+        "friend",
+        "person",
+        "person",
         ("{e} is a friend of {v}.", "{e} often meets {v}.", "The best friend of {e} is {v}."),
-        ("Who is the best friend of {e}?", "Who does {e} often meet?", "Who is the friend of {e}?", "Whom does {e} often meet?"),
-        "the best friend of {e}"),
-    Relation("river", "town", "river",
+        (
+            "Who is the best friend of {e}?",
+            "Who does {e} often meet?",
+            "Who is the friend of {e}?",
+            "Whom does {e} often meet?",
+        ),
+        "the best friend of {e}",
+    ),
+    Relation(
+        "river",
+        "town",
+        "river",
         ("{e} lies on the river {v}.", "The river {v} runs through {e}.", "The river of {e} is the {v}."),
-        ("Which river runs through {e}?", "On which river does {e} lie?", "What is the river of {e}?", "What river does {e} lie on?"),
-        "the river of {e}"),
-    Relation("country", "town", "country",
+        (
+            "Which river runs through {e}?",
+            "On which river does {e} lie?",
+            "What is the river of {e}?",
+            "What river does {e} lie on?",
+        ),
+        "the river of {e}",
+    ),
+    Relation(
+        "country",
+        "town",
+        "country",
         ("{e} is a town in {v}.", "{e} belongs to {v}.", "The country of {e} is {v}."),
-        ("In which country is {e}?", "Which country does {e} belong to?", "What is the country of {e}?", "To which country does {e} belong?"),
-        "the country of {e}"),
-    Relation("crop", "town", "food",
+        (
+            "In which country is {e}?",
+            "Which country does {e} belong to?",
+            "What is the country of {e}?",
+            "To which country does {e} belong?",
+        ),
+        "the country of {e}",
+    ),
+    Relation(
+        "crop",
+        "town",
+        "food",
         ("{e} is known for its {v}.", "The farms near {e} grow {v}.", "People in {e} sell {v}."),
-        ("What is {e} known for?", "What do the farms near {e} grow?", "What do people in {e} sell?", "For what is {e} known?"),
-        "the famous food of {e}"),
-    Relation("mayor", "town", "person",
+        (
+            "What is {e} known for?",
+            "What do the farms near {e} grow?",
+            "What do people in {e} sell?",
+            "For what is {e} known?",
+        ),
+        "the famous food of {e}",
+    ),
+    Relation(
+        "mayor",
+        "town",
+        "person",
         ("The mayor of {e} is {v}.", "{e} has a mayor called {v}.", "{v} leads the town of {e}."),
-        ("Who is the mayor of {e}?", "Who leads the town of {e}?", "What is the mayor of {e} called?", "Who leads {e} as mayor?"),
-        "the mayor of {e}"),
-    Relation("habitat", "animal", "habitat",
+        (
+            "Who is the mayor of {e}?",
+            "Who leads the town of {e}?",
+            "What is the mayor of {e} called?",
+            "Who leads {e} as mayor?",
+        ),
+        "the mayor of {e}",
+    ),
+    Relation(
+        "habitat",
+        "animal",
+        "habitat",
         ("The {e} lives in the {v}.", "You find the {e} in the {v}.", "The home of the {e} is the {v}."),
-        ("Where does the {e} live?", "Where do you find the {e}?", "What is the home of the {e}?", "In what place do you find the {e}?"),
-        "the home of the {e}"),
-    Relation("diet", "animal", "food",
+        (
+            "Where does the {e} live?",
+            "Where do you find the {e}?",
+            "What is the home of the {e}?",
+            "In what place do you find the {e}?",
+        ),
+        "the home of the {e}",
+    ),
+    Relation(
+        "diet",
+        "animal",
+        "food",
         ("The {e} eats {v}.", "The {e} feeds on {v}.", "The food of the {e} is {v}."),
-        ("What does the {e} eat?", "What does the {e} feed on?", "What is the food of the {e}?", "On what does the {e} feed?"),
-        "the food of the {e}"),
-    Relation("colour", "animal", "colour",
+        (
+            "What does the {e} eat?",
+            "What does the {e} feed on?",
+            "What is the food of the {e}?",
+            "On what does the {e} feed?",
+        ),
+        "the food of the {e}",
+    ),
+    Relation(
+        "colour",
+        "animal",
+        "colour",
         ("The {e} is {v}.", "The {e} has {v} skin.", "The colour of the {e} is {v}."),
-        ("What colour is the {e}?", "Which colour does the {e} have?", "What is the colour of the {e}?", "Of what colour is the {e}?"),
-        "the colour of the {e}"),
-)  # fmt: skip
+        (
+            "What colour is the {e}?",
+            "Which colour does the {e} have?",
+            "What is the colour of the {e}?",
+            "Of what colour is the {e}?",
+        ),
+        "the colour of the {e}",
+    ),
+)
 
 POOLS: dict[str, tuple[str, ...]] = {
-    "person": lx.PEOPLE, "town": lx.TOWNS, "animal": lx.ANIMALS, "job": lx.JOBS, "food": lx.FOODS, "river": lx.RIVERS,
-    "instrument": lx.INSTRUMENTS, "country": lx.COUNTRIES, "habitat": lx.HABITATS, "colour": lx.COLOURS,
-}  # fmt: skip
+    "person": lx.PEOPLE,
+    "town": lx.TOWNS,
+    "animal": lx.ANIMALS,
+    "job": lx.JOBS,
+    "food": lx.FOODS,
+    "river": lx.RIVERS,
+    "instrument": lx.INSTRUMENTS,
+    "country": lx.COUNTRIES,
+    "habitat": lx.HABITATS,
+    "colour": lx.COLOURS,
+}
 
 
 class Fact(NamedTuple):
@@ -151,10 +271,24 @@ def two_hop_facts() -> tuple[Fact, ...]:
             relation = second.relation
             if relation.kind == "animal":
                 unarticled = tuple(wording.replace("the {e}", "{e}") for wording in relation.questions)
-                relation = relation._replace(questions=unarticled, statements=tuple(
-                    wording.replace("The {e}", "{e}").replace("the {e}", "{e}") for wording in relation.statements))
+                relation = relation._replace(
+                    questions=unarticled,
+                    statements=tuple(
+                        wording.replace("The {e}", "{e}").replace("the {e}", "{e}") for wording in relation.statements
+                    ),
+                )
             made.append(Fact(relation, phrase, second.value))
     return tuple(made)
+
+
+@cache
+def stepping_stones() -> dict[str, str]:
+    """Return what each noun phrase of a two-hop question stands for ("the town where Arlo lives": "Dalton")."""
+    return {
+        fact.relation.noun_phrase.format(e=fact.entity): fact.value
+        for fact in facts()
+        if fact.relation.kind == "person"
+    }
 
 
 def held_out_phrase(fact: Fact) -> bool:

@@ -1,11 +1,26 @@
 """Open writing: brainstorming, short generation, and requests with an explicit constraint that a program can check."""
 
+from itertools import pairwise
+
 from qinglan.tasks import lexicon as lx
-from qinglan.tasks.item import Draw, Grade, Item, a, listing, mentioned, repeats, user, words
+from qinglan.tasks.item import Draw, Grade, Item, Key, user
+from qinglan.tasks.reading import a, claimed, concision, listing, mentioned, sentences, words
 
 LIST_WORDINGS = ("Name {n} {k}s.", "Give me {n} {k}s.", "List {n} {k}s I could use.", "Tell me {n} {k}s.")
-IDEA_WORDINGS = ("I need {n} ideas for {u}.", "Give me {n} ideas for {u}.", "What are {n} ideas for {u}?", "Can you find {n} ideas for {u}?")
-USES = {"food": "a meal", "animal": "a pet", "tool": "a tool box", "instrument": "a band", "job": "a new job", "colour": "a wall colour"}
+IDEA_WORDINGS = (
+    "I need {n} ideas for {u}.",
+    "Give me {n} ideas for {u}.",
+    "What are {n} ideas for {u}?",
+    "Can you find {n} ideas for {u}?",
+)
+USES = {
+    "food": "a meal",
+    "animal": "a pet",
+    "tool": "a tool box",
+    "instrument": "a band",
+    "job": "a new job",
+    "colour": "a wall colour",
+}
 
 
 def brainstorming(draw: Draw) -> Item:
@@ -19,28 +34,42 @@ def brainstorming(draw: Draw) -> Item:
     wrong = [*members[:1], *rng.sample(lx.KINDS[off], count - 1)]
     good = (listing(members).capitalize() + ".", ", ".join(members).capitalize() + ".")
     key = {"kind": kind, "count": count}
-    return Item("brainstorm", ("brainstorm", kind), (user(prompt),), key, good, {"wrong": ", ".join(wrong).capitalize() + "."})
+    return Item(
+        "brainstorm", ("brainstorm", kind), (user(prompt),), key, good, {"wrong": ", ".join(wrong).capitalize() + "."}
+    )
 
 
-def grade_brainstorm(key: dict, text: str) -> Grade:
-    """As many different members of the kind as asked for, and nothing of another kind."""
+ALSO_VERBS = frozenset(lx.split_words("cook guard judge brush drill hook duck bear"))
+ALSO_FOODS = frozenset(lx.split_words("salmon duck deer goat hare rabbit fish orange"))
+"""Members of one kind that lists of another may hold without harm: "cook soup", a salmon for dinner, a fish at home."""
+
+
+def grade_brainstorm(key: Key, text: str) -> Grade:
+    """As many different members of the kind as asked for (more or fewer: their ratio), and nothing of another kind."""
     pool = lx.KINDS[key["kind"]]
-    named = mentioned(text, pool)
-    foreign = {word for name, other in lx.KINDS.items() if name != key["kind"] for word in mentioned(text, other)} - set(named)
+    named = claimed(text, pool)
+    others = {word for kind, other in lx.KINDS.items() if kind != key["kind"] for word in mentioned(text, other)}
+    num_foreign = len(others - set(named) - ALSO_VERBS - ALSO_FOODS)
     listed = [word for word in words(text) if word in pool]
-    helpful = min(len(named), key["count"]) / key["count"]
-    if len(named) > key["count"]:
-        helpful -= 0.3
-    helpful -= 0.3 * min(1, len(listed) - len(named)) + 0.3 * min(2, len(foreign))
-    return Grade(max(0.0, helpful), 1.0, 1.0)
+    helpful = min(len(named), key["count"]) / max(len(named), key["count"])
+    helpful -= 0.3 * (len(listed) > len(named)) + 0.3 * min(2, num_foreign)
+    return Grade(max(0.0, helpful) * concision(text, 2 * key["count"] + 2), 1.0, 1.0)
 
 
-WRITE_WORDINGS = ("Write a sentence about {x} and {y}.", "Make a sentence with {x} and {y}.", "Write one line about {x} and {y}.",
-                  "Please write one sentence with {x} and {y}.")  # fmt: skip
+WRITE_WORDINGS = (
+    "Write a sentence about {x} and {y}.",
+    "Make a sentence with {x} and {y}.",
+    "Write one line about {x} and {y}.",
+    "Please write one sentence with {x} and {y}.",
+)
 SENTENCES = (
-    "The {x} {v} the {y} near the {p}.", "One day the {x} {v} a {y} at the {p}.", "At the {p} the {x} {v} the {y}.",
-    "The {x} and the {y} went to the {p}.", "{n} saw the {x} and the {y} at the {p}.", "{n} {v} the {y} and the {x}.",
-)  # fmt: skip
+    "The {x} {v} the {y} near the {p}.",
+    "One day the {x} {v} a {y} at the {p}.",
+    "At the {p} the {x} {v} the {y}.",
+    "The {x} and the {y} went to the {p}.",
+    "{n} saw the {x} and the {y} at the {p}.",
+    "{n} {v} the {y} and the {x}.",
+)
 
 
 def plain_sentence(draw: Draw, x: str, y: str) -> str:
@@ -62,19 +91,40 @@ def generation(draw: Draw) -> Item:
     return Item("generation", ("generation",), (user(prompt),), {"x": x, "y": y}, good, {"wrong": wrong})
 
 
-def _is_sentence(text: str) -> bool:
-    found = words(text)
-    verbs = {*lx.PASSIVE_VERBS, *lx.VERBS, *lx.VERBS.values(), "went", "saw", "is", "was", "has", "are", "were"}
-    stripped = text.strip()
-    return 4 <= len(found) <= 24 and any(word in verbs for word in found) and stripped[:1].isupper() and stripped[-1:] in ".!"
+VERB_FORMS = frozenset(
+    {*lx.PASSIVE_VERBS, *lx.VERBS, *lx.VERBS.values(), *lx.split_words("went saw is was has had are were")}
+)
+ARTICLES = frozenset(lx.split_words("the a an"))
+DETERMINERS = ARTICLES | frozenset(
+    lx.split_words("my his her our your their its this that one no every some each another")
+)
+NEVER_AFTER_ARTICLE = ARTICLES | frozenset(
+    lx.split_words("and or is was are were has had went saw at near to of in on with by")
+)
 
 
-def grade_generation(key: dict, text: str) -> Grade:
-    """Both words (0.4 each) in something that is a sentence (0.2), without repeating itself."""
+def is_sentence(text: str) -> bool:
+    """True for a capital, a verb, a full stop, and no article that leads to nothing; 4 to 24 words."""
+    found, stripped = words(text), text.strip()
+    dangling = any(one in ARTICLES and other in NEVER_AFTER_ARTICLE for one, other in pairwise(found))
+    is_framed = stripped[:1].isupper() and stripped[-1:] in (".", "!") and found[-1] not in NEVER_AFTER_ARTICLE
+    return 4 <= len(found) <= 24 and not VERB_FORMS.isdisjoint(found) and is_framed and not dangling
+
+
+def grade_generation(key: Key, text: str) -> Grade:
+    """Both words (0.4 each, half without an article or the like before them) in one sentence (0.2).
+
+    Without a sentence the words are worth half; further sentences and more than 24 words cost, too.
+    """
     found = words(text)
-    holds = 0.4 * (key["x"] in found) + 0.4 * (key["y"] in found)
-    helpful = holds + (0.2 if _is_sentence(text) else 0.0)
-    return Grade(helpful * (0.5 if repeats(text) or len(found) > 24 else 1.0), 1.0, 1.0)
+    has_frame = is_sentence(text)
+    helpful = 0.2 * has_frame
+    for word in (key["x"], key["y"]):
+        places = [i for i, other in enumerate(found) if other == word]
+        is_introduced = any(not DETERMINERS.isdisjoint(found[max(0, i - 3) : i]) for i in places)
+        helpful += (0.4 if is_introduced else 0.2 if places else 0.0) * (1.0 if has_frame else 0.5)
+    helpful *= 0.7 if len(sentences(text)) > 1 else 1.0
+    return Grade(helpful * (0.5 if len(found) > 24 else 1.0), 1.0, 1.0)
 
 
 CONSTRAINTS = ("word_count", "without_letter", "first_letter", "one_word")
@@ -89,8 +139,14 @@ def constrained(draw: Draw) -> Item:
     if constraint == "word_count":
         count = rng.randrange(4, 8)
         subject = rng.choice(lx.ANIMALS)
-        form = draw.wording(("Describe the {s} in {n} words.", "In {n} words, write about the {s}.", "Write {n} words about the {s}.",
-                             "Tell me about the {s} in {n} words."))  # fmt: skip
+        form = draw.wording(
+            (
+                "Describe the {s} in {n} words.",
+                "In {n} words, write about the {s}.",
+                "Write {n} words about the {s}.",
+                "Tell me about the {s} in {n} words.",
+            )
+        )
         prompt = form.format(s=subject, n=lx.NUMBER_WORDS[count])
         base = ["The", subject, "is"]
         tail = {4: "{q}", 5: "very {q}", 6: "{q} and {r}", 7: "{q} and very {r}"}[count]
@@ -100,12 +156,26 @@ def constrained(draw: Draw) -> Item:
         key = {"constraint": constraint, "count": count, "subject": subject}
         return Item("constraint", ("constraint", constraint), (user(prompt),), key, (good,), {"ignored": ignored})
     if constraint == "one_word":
-        form = draw.wording(("Answer in one word: name {k}.", "Name {k} in one word.", "In one word, name {k}.", "Give one word only: {k}."))
+        form = draw.wording(
+            (
+                "Answer in one word: name {k}.",
+                "Name {k} in one word.",
+                "In one word, name {k}.",
+                "Give one word only: {k}.",
+            )
+        )
         member = rng.choice(pool)
         prompt = form.format(k=a(kind))
         ignored = f"I think that {a(member)} is a good {kind}."
         key = {"constraint": constraint, "kind": kind}
-        return Item("constraint", ("constraint", constraint), (user(prompt),), key, (member.capitalize() + ".",), {"ignored": ignored})
+        return Item(
+            "constraint",
+            ("constraint", constraint),
+            (user(prompt),),
+            key,
+            (member.capitalize() + ".",),
+            {"ignored": ignored},
+        )
     letter = rng.choice("eao") if constraint == "without_letter" else rng.choice([member[0] for member in pool])
     fits = [m for m in pool if (letter not in m if constraint == "without_letter" else m[0] == letter)]
     misses = [m for m in pool if m not in fits]
@@ -113,11 +183,23 @@ def constrained(draw: Draw) -> Item:
     if count == 0:
         return constrained(draw)
     if constraint == "without_letter":
-        form = draw.wording(("Name {n} {k}s without the letter {l}.", "Give me {n} {k}s with no {l} in them.", "List {n} {k}s without {l}.",
-                             "Tell me {n} {k}s that have no letter {l}."))  # fmt: skip
+        form = draw.wording(
+            (
+                "Name {n} {k}s without the letter {l}.",
+                "Give me {n} {k}s with no {l} in them.",
+                "List {n} {k}s without {l}.",
+                "Tell me {n} {k}s that have no letter {l}.",
+            )
+        )
     else:
-        form = draw.wording(("Name {ak} that starts with {l}.", "Give me {ak} with {l} as its first letter.", "Which {k} starts with {l}?",
-                             "Tell me {ak} that begins with {l}."))  # fmt: skip
+        form = draw.wording(
+            (
+                "Name {ak} that starts with {l}.",
+                "Give me {ak} with {l} as its first letter.",
+                "Which {k} starts with {l}?",
+                "Tell me {ak} that begins with {l}.",
+            )
+        )
     prompt = form.format(n=lx.NUMBER_WORDS[count], k=kind, ak=a(kind), l=letter)
     good = ", ".join(rng.sample(fits, count)).capitalize() + "."
     ignored = ", ".join(rng.sample(misses, min(count, len(misses))) or fits[:1]).capitalize() + "."
@@ -125,23 +207,30 @@ def constrained(draw: Draw) -> Item:
     return Item("constraint", ("constraint", constraint), (user(prompt),), key, (good,), {"ignored": ignored})
 
 
-def grade_constrained(key: dict, text: str) -> Grade:
-    """Half for the request, half for the constraint, checked by program; both together give 1."""
+def grade_constrained(key: Key, text: str) -> Grade:
+    """Request and constraint, checked by program: both 1, the request alone 0.35, the constraint alone 0.25.
+
+    What names nothing of the kind that was asked for meets no constraint.
+    """
     found = words(text)
-    constraint = key["constraint"]
-    if constraint == "word_count":
-        fits, serves = len(found) == key["count"], key["subject"] in found and not repeats(text)
+    if key["constraint"] == "word_count":
+        fits, serves = len(found) == key["count"], _describes(key["subject"], found)
+        fits = fits and key["subject"] in found
     else:
-        pool = lx.KINDS[key["kind"]]
-        named = mentioned(text, pool)
-        wanted = key.get("count", 1)
-        serves = len(named) == wanted and not repeats(text)
-        if constraint == "one_word":
-            fits = len(found) == 1
-        elif constraint == "without_letter":
+        named = claimed(text, lx.KINDS[key["kind"]])
+        serves = len(named) == key.get("count", 1) and len(found) <= 3 * len(named) + 6 and len(sentences(text)) == 1
+        if key["constraint"] == "one_word":
+            fits = len(found) == 1 and bool(named)
+        elif key["constraint"] == "without_letter":
             fits = bool(named) and not any(key["letter"] in name for name in named)
         else:
             fits = bool(named) and all(name[0] == key["letter"] for name in named)
     if fits and serves:
         return Grade(1.0, 1.0, 1.0)
-    return Grade(0.35 * serves + 0.25 * (fits and len(found) > 0), 1.0, 1.0)
+    return Grade(0.35 * serves + 0.25 * fits, 1.0, 1.0)
+
+
+def _describes(subject: str, found: list[str]) -> bool:
+    """True if the words name the subject, say something of it with a verb or two adjectives, and hardly repeat."""
+    says = not VERB_FORMS.isdisjoint(found) or len(set(found) & {*lx.GOOD_WORDS, *lx.BAD_WORDS, *lx.COLOURS}) >= 2
+    return subject in found and says and len(set(found)) >= len(found) - 1
