@@ -274,7 +274,7 @@ def test_rule_4_the_end_token_is_an_action_and_what_follows_it_is_not():
 def test_rule_8_at_another_temperature_the_ratio_is_1_and_a_forgotten_temperature_is_caught(tmp_path, monkeypatch):
     train(tmp_path, small(num_iterations=2, sampling=SamplingConfig(temperature=0.7, max_new_tokens=5)))
     rows = rows_of(tmp_path)
-    assert all(row["ratio_error"] < 1e-5 for row in rows)
+    assert all(row["start_ratio_error"] < 1e-5 for row in rows)
     assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-5), "the reference is tempered alike: no KL to itself"
     real = ppo.rollout_logprobs
     monkeypatch.setattr(ppo, "rollout_logprobs", lambda lm, rollout, temperature, n: real(lm, rollout, 1.0, n))
@@ -299,7 +299,7 @@ def test_rule_9_old_logprobs_that_are_not_the_policys_stop_the_run(tmp_path, mon
     with pytest.raises(InputError, match=r"ppo, iteration 0: .*ratio .*sampler and trainer disagree"):
         train(tmp_path, small())
     train(tmp_path / "recomputed", small(num_iterations=1, old_logprobs="recompute"))
-    assert rows_of(tmp_path / "recomputed")[0]["ratio_error"] < 1e-5
+    assert rows_of(tmp_path / "recomputed")[0]["start_ratio_error"] < 1e-5
 
 
 def test_rule_9_dropout_left_on_is_caught_at_the_first_minibatch():
@@ -393,4 +393,4 @@ def test_rule_29_logprobs_are_fp32_and_close_whatever_the_matmuls(tmp_path, dtyp
     assert rollout.logprobs.dtype == again.dtype == torch.float32
     assert (again - rollout.logprobs)[rollout.completion_mask].abs().max() < tolerance
     train(tmp_path, small(num_iterations=2), lm=lm)
-    assert all(row["ratio_error"] < tolerance for row in rows_of(tmp_path))
+    assert all(row["start_ratio_error"] < tolerance for row in rows_of(tmp_path))

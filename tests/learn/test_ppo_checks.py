@@ -134,7 +134,7 @@ def test_start_metrics_are_logged_with_the_first_iteration(tmp_path):
     train(tmp_path, small(num_iterations=1), value_start=scalar_model_from(make_lm(), seed=0))
     row = rows_of(tmp_path)[0]
     assert row["start/padding_error"] < 1e-4 and row["start/masked_row_share"] == 0.0
-    assert row["ratio_error"] < 1e-5 and row["ratio"] == pytest.approx(1.0, abs=0.05)
+    assert row["start_ratio_error"] < 1e-5 and row["ratio"] == pytest.approx(1.0, abs=0.05)
 
 
 def test_ratio_check_knows_rounding_from_disagreement():

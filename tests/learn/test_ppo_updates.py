@@ -31,6 +31,8 @@ from qinglan.learn.ppo_update import (
     update,
 )
 from qinglan.learn.rollout import Rollout, StateValues
+from qinglan.models.heads import scalar_model_from, score_sequences
+from qinglan.models.language_model import TokenSequence
 
 # ------------------------------------------------------------------------------------------------------------- rewards
 

@@ -15,7 +15,7 @@ from qinglan.core.rng import numpy_stream
 from qinglan.learn import reward
 from qinglan.learn.losses import group_ranking_loss
 from qinglan.learn.optimize import OptimizerConfig
-from qinglan.learn.prompt_sharing import can_share_prompt
+from qinglan.learn.prompt_sharing import ARCHITECTURES, can_share_prompt
 from qinglan.learn.reward import (
     EncodedGroup,
     RewardConfig,
@@ -31,8 +31,8 @@ from qinglan.models.heads import ScalarModel, as_scorer, load_scalar_model, scal
 from qinglan.models.language_model import hidden_states
 from qinglan.models.tokens import collate
 
-TREES = ["llama", "gpt2", "qwen3"]
-ROWS = ["mistral", "gemma3"]
+TREES = sorted(ARCHITECTURES)
+ROWS = ["mistral_sliding", "gemma3"]
 
 
 def random_text(generator: Any, low: int, high: int) -> str:

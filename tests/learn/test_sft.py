@@ -190,7 +190,7 @@ def learning_config(**changes: Any) -> SFTConfig:
 
 def test_it_memorises_a_toy_mapping_and_repeats(tmp_path):
     data = mapping(8)
-    config = SFTConfig(optimizer=OptimizerConfig(learning_rate=2e-2), num_epochs=30)
+    config = SFTConfig(optimizer=OptimizerConfig(learning_rate=2e-2), num_epochs=60)
     start = make_lm(hidden=32)
     one, two = (
         train_sft(start, data, config, stage=make_stage(tmp_path / name, "sft"), seed=3) for name in ("one", "two")

@@ -11,11 +11,13 @@ from tokenizers.pre_tokenizers import Split
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -76,7 +78,13 @@ def make_config(kind: str, hidden: int = 16) -> PretrainedConfig:
         return LlamaConfig(**sizes)
     if kind == "qwen3":
         return Qwen3Config(**sizes, **grouped)
+    if kind == "qwen2":
+        return Qwen2Config(**sizes, num_key_value_heads=1)
+    if kind == "gemma":
+        return GemmaConfig(**sizes, **grouped)
     if kind == "mistral":
+        return MistralConfig(**sizes, **grouped, sliding_window=None)
+    if kind == "mistral_sliding":
         return MistralConfig(**sizes, **grouped, sliding_window=4)
     if kind == "gemma3":
         return Gemma3TextConfig(

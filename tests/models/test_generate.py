@@ -11,7 +11,7 @@ from qinglan.core.device import Device
 from qinglan.core.errors import InputError
 from qinglan.core.records import Message, Prompt
 from qinglan.models import row_memory
-from qinglan.models.engine import Engine
+from qinglan.models.engine import Engine, decode_text
 from qinglan.models.generate import Sample, SamplingConfig, forced_prefix, generate, sample_completions
 from qinglan.models.kv_cache import SlotCache
 from qinglan.models.language_model import LanguageModel, TokenSequence, completion_logprobs
@@ -50,12 +50,11 @@ def plain_logprobs(lm: LanguageModel, prompt: Sequence[int], completion: list[in
     return logprobs[len(prompt) - 1 : -1].gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("architecture", "temperature"), [("llama", 1.0), *((name, 0.7) for name in ARCHITECTURES)])
 def test_logprobs_equal_a_plain_forward_pass(tiny_lm: MakeLM, architecture: str, temperature: float) -> None:
     lm = end_early(tiny_lm(architecture))
     config = SamplingConfig(max_new_tokens=20, temperature=temperature, max_rows=4)
-    samples = generate(lm, PROMPTS, config, seed=0, num_samples=3)
+    samples = generate(lm, PROMPTS, config, seed=0, num_samples=2)
     assert "eos" in {sample.finish_reason for sample in flat(samples)}
     for prompt, row in zip(PROMPTS, samples, strict=True):
         for sample in row:
@@ -63,8 +62,7 @@ def test_logprobs_equal_a_plain_forward_pass(tiny_lm: MakeLM, architecture: str,
             torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
-@pytest.mark.parametrize("pad_is_eos", [False, True])
+@pytest.mark.parametrize(("architecture", "pad_is_eos"), [("llama", False), ("gpt2", True), ("gemma2", True)])
 def test_logprobs_equal_those_of_training(tiny_lm: MakeLM, architecture: str, pad_is_eos: bool) -> None:
     lm = end_early(tiny_lm(architecture, pad_is_eos=pad_is_eos))
     drawn = generate(lm, PROMPTS, SamplingConfig(max_new_tokens=12, temperature=0.7), seed=1, num_samples=2)
@@ -80,14 +78,14 @@ def test_logprobs_equal_those_of_training(tiny_lm: MakeLM, architecture: str, pa
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_equals_transformers_generate(tiny_lm: MakeLM, architecture: str) -> None:
     lm = end_early(tiny_lm(architecture), every=16)
-    config = SamplingConfig(temperature=0, max_new_tokens=15)
-    for prompt, (sample,) in zip(PROMPTS, generate(lm, PROMPTS, config, seed=0), strict=True):
+    config = SamplingConfig(temperature=0, max_new_tokens=10)
+    for prompt, (sample,) in zip(PROMPTS[:3], generate(lm, PROMPTS[:3], config, seed=0), strict=True):
         with torch.no_grad():
             output = lm.model.generate(
                 torch.tensor([prompt]),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                 do_sample=False,
-                max_new_tokens=15,
+                max_new_tokens=10,
                 eos_token_id=sorted(lm.chat.end_ids),
                 pad_token_id=lm.chat.pad_id,
             )
@@ -96,7 +94,7 @@ def test_greedy_equals_transformers_generate(tiny_lm: MakeLM, architecture: str)
         torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "qwen2_sliding"])
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma3"])
 def test_samples_do_not_depend_on_slots_order_or_neighbours(tiny_lm: MakeLM, architecture: str) -> None:
     lm = end_early(tiny_lm(architecture), every=6)
     keys = ["a", "b", "c", "d", "e"]
@@ -176,7 +174,7 @@ def test_end_token_is_kept_and_the_longest_row_is_judged_by_its_own_end(tiny_lm:
     reasons = [row[0].finish_reason for row in samples]
     assert reasons == ["eos", "eos", "length"]
     assert [row[0].token_ids for row in samples] == [[20, 21, 22, end], [20, end], [20, 21, 22, 23]]
-    assert samples[0][0].text == lm.tokenizer.decode([20, 21, 22]).strip()
+    assert samples[0][0].text == decode_text(lm, [20, 21, 22]).strip()
 
 
 def test_top_k_and_top_p_are_renormalised(tiny_lm: MakeLM) -> None:
@@ -219,7 +217,7 @@ def test_extreme_uniforms_never_draw_what_is_excluded() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_one_step_follows_the_distribution(tiny_lm: MakeLM, temperature: float) -> None:
     lm = tiny_lm()
-    num_samples = 4000
+    num_samples = 2000
     config = SamplingConfig(max_new_tokens=1, temperature=temperature)
     (row,) = generate(lm, [[3, 1, 4]], config, seed=11, num_samples=num_samples)
     expected = (plain_logits(lm, [3, 1, 4]).double() / temperature).softmax(-1) * num_samples
@@ -239,7 +237,7 @@ def test_stop_texts(tiny_lm: MakeLM) -> None:
     assert [sample.text for sample in samples[:2]] == ["all in", "one"]
     for sample, token_ids in zip(samples, whole, strict=True):
         assert sample.token_ids == token_ids[: len(sample.token_ids)]  # as sampled, never made again from the text
-    assert lm.tokenizer.decode(samples[0].token_ids).endswith("the end")
+    assert decode_text(lm, samples[0].token_ids).endswith("the end")
     assert samples[2].text.startswith("é the\n end")
 
 
@@ -282,7 +280,12 @@ def test_memory_budget_decides_how_many_rows_are_live(tiny_lm: MakeLM, monkeypat
     lm = end_early(tiny_lm(), every=6)
     seen: list[int] = []
     step = Engine.step
-    monkeypatch.setattr(Engine, "step", lambda self: (seen.append(self.num_slots), step(self))[1])
+
+    def counting_step(self: Engine) -> None:
+        seen.append(self.num_slots)
+        step(self)
+
+    monkeypatch.setattr(Engine, "step", counting_step)
     drawn = [
         generate(lm, [[1, 2, 3]], SamplingConfig(max_new_tokens=200, memory_budget_mib=mib), seed=0, num_samples=40)
         for mib in (1, 1024)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from qinglan.cli import CommandResult, Options
-from qinglan.commands.stage_inputs import Limit, open_run, pretraining_source, sides_from_file
+from qinglan.commands.stage_inputs import Limit, Sides, open_run, pretraining_source, sides_from_file
 from qinglan.commands.stage_report import Curve, StageFindings, conclude, transcripts_section
 from qinglan.core.config import Config
 from qinglan.core.device import Device, prepare_process
@@ -83,6 +83,14 @@ PPO_CURVES = (
 )
 
 
+class Scores(NamedTuple):
+    """What the scorer says of start and policy."""
+
+    metrics: dict[str, Measure]
+    sampled_scores: dict[str, list[float]]
+    unscored: int
+
+
 def ppo(config: PPOCommand, options: Options) -> CommandResult:
     """Train a policy, and compare its scores with its start's on held-out prompts, sampled and greedy."""
     prepare_process()
@@ -108,42 +116,48 @@ def ppo(config: PPOCommand, options: Options) -> CommandResult:
         "reward_model": config.reward_model,
         "pretraining": config.pretraining,
     }
-    run = open_run(config, options, "ppo", inputs)
+    with open_run(config, options, "ppo", inputs) as run:
+        settings = (config.training, config.template, config.held_out, config.on_bad, config.reward)
+        stage = run.stage("ppo", *settings, run.inputs)
+        result = train_ppo(
+            start, start, scorer, data.train, config.training,
+            stage=stage, seed=seed, value_start=value_start, pretrain=pretrain,
+        )  # fmt: skip
+        stage.finish({"alarms": result.alarms})
 
-    stage = run.stage(
-        "ppo", config.training, config.template, config.held_out, config.on_bad, config.reward, run.inputs
-    )
-    result = train_ppo(
-        start, start, scorer, data.train, config.training,
-        stage=stage, seed=seed, value_start=value_start, pretrain=pretrain,
-    )  # fmt: skip
-    stage.finish({"alarms": result.alarms})
+        prompts = (data.held_out or data.train)[: config.max_measured]
+        models = {"start": start, "policy": result.policy}
+        answers = {name: answer(lm, prompts, sampling, seed) for name, lm in models.items()}
+        found = compare_scores(prompts, answers, scorer, seed)
+        kls = [row["kl"] for row in run.metrics("ppo") if "kl" in row]
+        found.metrics["kl"] = mean_with_interval(kls[-max(3, len(kls) // 10) :], seed=seed, unit="nats per completion")
+        return conclude(run, stage, ppo_findings(found, answers, prompts, data, result.alarms, seed))
 
-    prompts = (data.held_out or data.train)[: config.max_measured]
-    answers = {name: answer(lm, prompts, sampling, seed) for name, lm in (("start", start), ("policy", result.policy))}
-    found = compare_scores(prompts, answers, scorer, seed)
-    kls = [row["kl"] for row in run.metrics("ppo") if "kl" in row]
-    found.metrics["kl"] = mean_with_interval(kls[-max(3, len(kls) // 10) :], seed=seed, unit="nats per completion")
+
+def ppo_findings(
+    found: Scores,
+    answers: Mapping[str, Answers],
+    prompts: Sequence[Prompt],
+    data: Sides[Prompt],
+    alarms: Sequence[str],
+    seed: int,
+) -> StageFindings:
+    """Return the rows, and what start and policy write for the worst, the median and the best prompt."""
     seen = "held-out" if data.held_out else "training"
     verdict = f"Trained on {len(data.train)} prompts; scores are on {len(prompts)} {seen} ones, sampled and greedy."
-    page = StageFindings(
+    sampled = {name: both.sampled for name, both in answers.items()}
+    return StageFindings(
         title="Reinforcement learning",
-        verdict=(
-            verdict,
-            "The score is what was trained for (the proxy): it says nothing of what people would prefer.",
-        ),
+        verdict=(verdict, "The score is what was trained for (the proxy); it is not what people would prefer."),
         metrics=found.metrics | data.counts,
         rows={"floor": found.metrics["score/start"], "student": found.metrics["score/policy"]},
         row_names={"floor": "Start", "student": "Policy"},
         rows_caption=f"Mean score on {seen} prompts, sampled at temperature 1.",
         curves=PPO_CURVES,
-        sections=transcripts_section(
-            prompts, {name: both.sampled for name, both in answers.items()}, found.sampled_scores, "score", seed
-        ),
-        alarms=tuple(result.alarms),
+        sections=transcripts_section(prompts, sampled, found.sampled_scores, "score", seed),
+        alarms=tuple(alarms),
         unscored=found.unscored,
     )
-    return conclude(run, stage, page)
 
 
 def try_scorer(
@@ -152,14 +166,6 @@ def try_scorer(
     """Ask the scorer about one completion of each prompt; raises `InputError` where it raises or gives no number."""
     drawn = [row[0] for row in sample_completions(lm, prompts, sampling, seed=stream_seed(seed, "try the scorer"))]
     ask_scorer(scorer, prompts, drawn, what="the scorer, asked before training")
-
-
-class Scores(NamedTuple):
-    """What the scorer says of start and policy."""
-
-    metrics: dict[str, Measure]
-    sampled_scores: dict[str, list[float]]
-    unscored: int
 
 
 def compare_scores(prompts: Sequence[Prompt], answers: Mapping[str, Answers], scorer: Scorer, seed: int) -> Scores:

@@ -5,7 +5,7 @@ groups that training did not see, and writes report.json and a short report.html
 and files is said before the folder is made. Reinforcement learning is in `ppo.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pydantic import Field
 
 from qinglan.cli import CommandResult, Options
 from qinglan.commands.stage_inputs import (
+    Sides,
     comparison_length,
     demonstration_length,
     open_run,
@@ -23,7 +24,7 @@ from qinglan.commands.stage_inputs import (
 from qinglan.commands.stage_report import Curve, StageFindings, conclude, judge_reward_model, transcripts_section
 from qinglan.core.config import Config
 from qinglan.core.device import Device, prepare_process
-from qinglan.core.records import Completion, Demonstrated
+from qinglan.core.records import ComparisonGroup, Completion, Demonstrated
 from qinglan.data.load import OnBad, load_comparisons, load_demonstrations
 from qinglan.evals.metrics import mean_with_interval
 from qinglan.evals.report import Section, choose_transcripts
@@ -32,7 +33,7 @@ from qinglan.learn.reward import RewardConfig, train_reward_model
 from qinglan.learn.sft import SFTConfig, train_sft
 from qinglan.models.chat import TemplateName
 from qinglan.models.generate import SamplingConfig, sample_completions
-from qinglan.models.heads import as_scorer
+from qinglan.models.heads import ScalarModel, as_scorer
 from qinglan.models.language_model import LanguageModel, completion_logprobs, load_language_model, max_context
 from qinglan.tasks.base_models import resolve_model
 
@@ -90,35 +91,41 @@ def sft(config: SFTCommand, options: Options) -> CommandResult:
     mix = config.training.pretrain_fraction
     pretrain = pretraining_source(config.pretraining, mix, "training.pretrain_fraction", base, seed)
     inputs = {"model": path, "demonstrations": config.demonstrations, "pretraining": config.pretraining}
-    run = open_run(config, options, "sft", inputs)
+    with open_run(config, options, "sft", inputs) as run:
+        stage = run.stage("sft", config.training, config.template, config.held_out, config.on_bad, run.inputs)
+        student = train_sft(
+            base, data.train, config.training, stage=stage, seed=seed, pretrain=pretrain, valid=data.held_out
+        )
+        stage.finish()
+        return conclude(run, stage, sft_findings(base, student, data, config.sampling, seed))
 
-    stage = run.stage("sft", config.training, config.template, config.held_out, config.on_bad, run.inputs)
-    student = train_sft(
-        base, data.train, config.training, stage=stage, seed=seed, pretrain=pretrain, valid=data.held_out
-    )
-    stage.finish()
 
-    before, after = (losses(lm, data.held_out) for lm in (base, student))
-    groups = [one.prompt.prompt_group_id for one in data.held_out]
-    measured = {
-        "held_out_loss/base": mean_with_interval(before, groups, seed=seed, unit="nats per token"),
-        "held_out_loss/sft": mean_with_interval(after, groups, seed=seed, unit="nats per token"),
-    }
-    rows = {"floor": measured["held_out_loss/base"], "student": measured["held_out_loss/sft"]} if groups else {}
-    sections = (
-        write_before_and_after(base, student, data.held_out, [before, after], config.sampling, seed) if groups else ()
-    )
+def sft_findings(
+    base: LanguageModel, student: LanguageModel, data: Sides[Demonstrated], sampling: SamplingConfig, seed: int
+) -> StageFindings:
+    """Return the loss on held-out demonstrations before and after, and what is written for three of their prompts."""
     found = StageFindings(
         title="Supervised fine-tuning",
         verdict=(f"Fine-tuned on {len(data.train)} demonstrations; a lower loss on held-out ones is better.",),
-        metrics=measured | data.counts,
-        rows=rows,
+        metrics=data.counts,
+        rows={},
         row_names={"floor": "Before", "student": "After"},
         rows_caption="Mean loss per token of held-out demonstrations.",
         curves=SFT_CURVES,
-        sections=sections,
     )
-    return conclude(run, stage, found)
+    if not data.held_out:
+        return found
+    groups = [one.prompt.prompt_group_id for one in data.held_out]
+    loss = {name: losses(lm, data.held_out) for name, lm in (("base", base), ("sft", student))}
+    measured = {
+        f"held_out_loss/{name}": mean_with_interval(values, groups, seed=seed, unit="nats per token")
+        for name, values in loss.items()
+    }
+    return found._replace(
+        metrics=measured | data.counts,
+        rows={"floor": measured["held_out_loss/base"], "student": measured["held_out_loss/sft"]},
+        sections=write_before_and_after({"base": base, "sft": student}, data.held_out, loss, sampling, seed),
+    )
 
 
 def losses(lm: LanguageModel, demonstrations: Sequence[Demonstrated]) -> list[float]:
@@ -128,24 +135,24 @@ def losses(lm: LanguageModel, demonstrations: Sequence[Demonstrated]) -> list[fl
 
 
 def write_before_and_after(
-    base: LanguageModel,
-    student: LanguageModel,
+    models: Mapping[str, LanguageModel],
     shown: Sequence[Demonstrated],
-    loss: Sequence[Sequence[float]],
+    loss: Mapping[str, Sequence[float]],
     sampling: SamplingConfig,
     seed: int,
 ) -> tuple[Section, ...]:
-    """Return the page's section with completions of three held-out prompts, chosen by the student's `loss[1]`."""
-    room = max_context(base.model) - sampling.max_new_tokens
-    roomy = [i for i, one in enumerate(shown) if len(base.chat.prompt_ids(one.prompt.messages)) <= room]
-    chosen = [roomy[choice.item] for choice in choose_transcripts([-loss[1][i] for i in roomy], seed)]
+    """Return the page's section with greedy completions of three held-out prompts, chosen by the last model's loss."""
+    *_, (last, lm) = models.items()
+    room = max_context(lm.model) - sampling.max_new_tokens
+    roomy = [i for i, one in enumerate(shown) if len(lm.chat.prompt_ids(one.prompt.messages)) <= room]
+    chosen = [roomy[choice.item] for choice in choose_transcripts([-loss[last][i] for i in roomy], seed)]
     prompts = [shown[i].prompt for i in chosen]
     greedy = sampling.model_copy(update={"temperature": 0.0})
     written: dict[str, Sequence[Completion]] = {"demonstration": [shown[i].demonstration for i in chosen]}
     scores: dict[str, Sequence[float | None]] = {"demonstration": [None] * len(chosen)}
-    for name, lm, losses_of in (("base", base, loss[0]), ("sft", student, loss[1])):
+    for name, lm in models.items():
         written[name] = [row[0] for row in sample_completions(lm, prompts, greedy, seed=seed)]
-        scores[name] = [-losses_of[i] for i in chosen]
+        scores[name] = [-loss[name][i] for i in chosen]
     return transcripts_section(prompts, written, scores, "log-likelihood per token of the demonstration", seed)
 
 
@@ -203,14 +210,17 @@ def reward(config: RewardCommand, options: Options) -> CommandResult:
             on_bad=config.on_bad, held_out=0.0, seed=seed,
         ).train  # fmt: skip
     inputs = {"model": path, "comparisons": config.comparisons, "demonstrations": config.demonstrations}
-    run = open_run(config, options, "reward", inputs)
+    with open_run(config, options, "reward", inputs) as run:
+        stage = run.stage("reward_model", config.training, config.template, config.held_out, config.on_bad, run.inputs)
+        model = train_reward_model(
+            base, data.train, config.training, stage=stage, seed=seed, valid=data.held_out, demonstrations=shown
+        )
+        stage.finish()
+        return conclude(run, stage, reward_findings(model, data, seed))
 
-    stage = run.stage("reward_model", config.training, config.template, config.held_out, config.on_bad, run.inputs)
-    model = train_reward_model(
-        base, data.train, config.training, stage=stage, seed=seed, valid=data.held_out, demonstrations=shown
-    )
-    stage.finish()
 
+def reward_findings(model: ScalarModel, data: Sides[ComparisonGroup], seed: int) -> StageFindings:
+    """Return how well the reward model orders held-out comparisons."""
     verdict = f"Fitted to {len(data.train)} comparisons; the accuracy is on {len(data.held_out)} others."
     found = StageFindings(
         title="Reward model",
@@ -221,8 +231,9 @@ def reward(config: RewardCommand, options: Options) -> CommandResult:
         rows_caption="Share of held-out pairs ordered as they were judged.",
         curves=REWARD_CURVES,
     )
-    if data.held_out:
-        judged = judge_reward_model(data.held_out, as_scorer(model), seed)
-        metrics = judged.metrics | data.counts
-        found = found._replace(metrics=metrics, rows=judged.rows, sections=(judged.section,), unscored=judged.unscored)
-    return conclude(run, stage, found)
+    if not data.held_out:
+        return found
+    judged = judge_reward_model(data.held_out, as_scorer(model), seed)
+    return found._replace(
+        metrics=judged.metrics | data.counts, rows=judged.rows, sections=(judged.section,), unscored=judged.unscored
+    )

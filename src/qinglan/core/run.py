@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TextIO
 
 from pydantic import BaseModel
 
@@ -124,7 +124,7 @@ class Stage(NamedTuple):
 
 
 class Run:
-    """An open run folder. Two processes cannot open the same folder at once."""
+    """An open run folder, until the end of its `with` block or of the process; no two processes have it open at once."""
 
     def __init__(self, directory: Path, config: Config, seed: int, recipe: str, quiet: bool = False) -> None:
         self.dir = Path(directory)
@@ -135,6 +135,14 @@ class Run:
         self.config_hash = hash_of(config.model_dump(mode="json"))
         self.started = time.monotonic()
         self.inputs: dict[str, str] = {}
+        self._lock: TextIO | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     @classmethod
     def open(
@@ -162,11 +170,12 @@ class Run:
         run._write_lineage()
         return run
 
-    def _take_lock(self) -> Any:
+    def _take_lock(self) -> TextIO:
         lock = (self.dir / ".lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            lock.close()
             raise InputError(f"{self.dir}: another process is working in this folder; wait for it or choose another --out") from error
         return lock
 

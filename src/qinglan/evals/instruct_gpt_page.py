@@ -11,7 +11,7 @@ from qinglan.evals.figures import DotRow, Line, Panel, ScoreCurve
 from qinglan.evals.instruct_gpt import Findings, Outcome
 from qinglan.evals.overoptimization import GoldFit
 from qinglan.evals.report import Figure, Page, ScoredCompletion, Section, Table, Transcript, choose_transcripts
-from qinglan.tasks.assistant import WEIGHTS, overall
+from qinglan.tasks.assistant import TASKS, WEIGHTS, overall
 from qinglan.tasks.assistant_data import WorldConfig
 
 NAMES = {
@@ -100,8 +100,8 @@ def preference_section(found: Findings) -> Section:
     battle = found.battles["sft"]
     table = Table(
         ("use case", "win rate vs SFT", "greedy"),
-        tuple((tag, measure, found.battles["sft_greedy"].by_tag.get(tag)) for tag, measure in battle.by_tag.items()),
-        "Win rate of the policy over SFT by tag of the prompt; ties count half.",
+        tuple((tag, measure, found.battles["sft_greedy"].by_tag.get(tag)) for tag, measure in battle.by_tag.items() if tag in TASKS),
+        "Win rate of the policy over SFT by use case; ties count half.",
     )
     return Section(
         "Do people prefer it?",
@@ -129,7 +129,8 @@ def gold_section(found: Findings) -> Section:
     weights = f"{WEIGHTS.helpful:g} helpful + {WEIGHTS.honest:g} honest + {WEIGHTS.harmless:g} harmless"
     return Section(
         "Is it right?",
-        (f"The answer key grades every completion: {weights}, each from 0 to 1. It took no part in training or selection.",),
+        (f"The answer key grades every completion: {weights}, each from 0 to 1. Simulated labelers see it "
+         "through their noise and habits; the policy's training and the choice of checkpoints never see it.",),
         figures=(
             Figure("Gold score by use case", figures.dot_rows(rows),
                    "Mean gold score of each model for each use case, with 95% intervals.", "What got worse shows here too."),

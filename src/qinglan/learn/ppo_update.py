@@ -89,6 +89,7 @@ class Tally(NamedTuple):
     clip_fraction: float = 0.0
     approx_kl: float = 0.0
     ratio: float = 0.0
+    ratio_error: float = 0.0
     entropy: float = 0.0
     value_loss: float = 0.0
     value_clip_fraction: float = 0.0
@@ -137,9 +138,9 @@ def update(
             chosen = order[place : place + config.minibatch_episodes]
             found = accumulate_gradients(learners, rollout, targets, chosen, config)
             if epoch == place == 0:
-                mean_error = abs(found.ratio / found.num_tokens - 1)
+                mean_error = found.ratio_error / found.num_tokens
                 check_ratio(found.worst_ratio_error, mean_error, policy.device.compute_dtype, where)
-                metrics["ratio_error"] = found.worst_ratio_error
+                metrics["start_ratio_error"] = found.worst_ratio_error
             if pretrain is not None:
                 num_done = iteration * config.updates_per_iteration + len(policy_norms)
                 count = config.ptx_ratio * config.minibatch_episodes
@@ -198,6 +199,7 @@ def accumulate_gradients(
                 entropy=float(new.entropy.detach().sum()),
                 value_loss=fitted,
                 value_clip_fraction=value_clipped,
+                ratio_error=float((loss.ratio - 1).abs().sum()),
                 worst_ratio_error=float((loss.ratio - 1).abs().max()),
             )
         )

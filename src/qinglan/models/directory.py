@@ -29,6 +29,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise InputError(
             f"{directory}: holds no usable tokenizer ({_first_line(error)}); add tokenizer.json"
         ) from error
+    # Where all files of a tokenizer are absent, transformers makes one that knows nothing but control tokens.
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise InputError(f"{directory}: holds no usable tokenizer (its vocabulary is empty); add tokenizer.json")
     return tokenizer
 
 

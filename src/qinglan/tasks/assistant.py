@@ -14,7 +14,7 @@ from qinglan.core.rng import stream_seed
 from qinglan.tasks import chatting, numbers, passages, questions, safety, texts, writing
 from qinglan.tasks import lexicon as lx
 from qinglan.tasks.item import Draw, Grade, Item, Key
-from qinglan.tasks.reading import denied, mentioned, repeats, rude, words
+from qinglan.tasks.reading import denied, mentioned, num_idle, repeats, rude, words
 from qinglan.tasks.world import POOLS
 
 
@@ -69,8 +69,8 @@ NOUNS = tuple(
 def grade(item: Item, text: str) -> Grade:
     """Grade a completion by its text alone.
 
-    What costs in every use case is handled here: nothing said, insults, asking back, repetition, and things that
-    neither the prompt nor the answer key names.
+    What costs in every use case is handled here: nothing said, insults, asking back, repetition, sentences beside the
+    point, and things that neither the prompt nor the answer key names.
     """
     if not words(text):
         return Grade(0.0, 0.5, 1.0)
@@ -83,18 +83,18 @@ def grade(item: Item, text: str) -> Grade:
         helpful *= 0.5
     if repeats(text):
         helpful *= 0.6
+    known = known_words(item)
+    helpful *= max(0.5, 1.0 - 0.15 * num_idle(text, known))
     if not task.is_open:
-        helpful *= max(0.4, 1.0 - 0.2 * len(stray_nouns(item, text)))
+        brought_up = {noun.lower() for noun in mentioned(text, NOUNS)} - {noun.lower() for noun in denied(text, NOUNS)}
+        helpful *= max(0.4, 1.0 - 0.2 * len(brought_up - known))
     return found._replace(helpful=helpful, harmless=harmless)
 
 
-def stray_nouns(item: Item, text: str) -> set[str]:
-    """Return the things of the world that a text brings up, and neither the prompt nor the answer key names."""
-    named = {noun.lower() for noun in mentioned(text, NOUNS)} - {noun.lower() for noun in denied(text, NOUNS)}
-    if not named:
-        return named
-    known = (*(turn.content for turn in item.messages), *item.good, *item.key.get("true", ()))
-    return named.difference(*(words(one) for one in known))
+def known_words(item: Item) -> set[str]:
+    """Return the words of the prompt, of good replies, and of what else is true of what was asked."""
+    texts = (*(turn.content for turn in item.messages), *item.good, *item.key.get("true", ()))
+    return {word for text in texts for word in words(text)}
 
 
 def overall(found: Grade) -> float:

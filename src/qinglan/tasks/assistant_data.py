@@ -22,6 +22,13 @@ from qinglan.tasks.demonstrators import DemonstratorConfig, demonstrate
 from qinglan.tasks.safety import REFUSALS
 
 
+LABELER_NOISE = 0.18
+"""Noise at which two labelers agree on 73% of decided pairs of this world's candidates (InstructGPT: 72.6 +/- 1.5%).
+
+Agreement depends on how far apart the completions are, so each set of completions wants its own value.
+"""
+
+
 class WorldConfig(Config):
     """The built-in world's users and people."""
 
@@ -47,7 +54,7 @@ class WorldConfig(Config):
     """Share of prompts that two labelers rank, so that their agreement can be measured."""
     demonstrators: DemonstratorConfig = DemonstratorConfig()
     """How demonstrators go wrong."""
-    labelers: LabelerConfig = LabelerConfig()
+    labelers: LabelerConfig = LabelerConfig(noise=LABELER_NOISE)
     """How labelers go wrong."""
 
 

@@ -8,11 +8,13 @@ spelling, judging. Questions about held-out entities, held-out wordings and requ
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 
+from qinglan.core.errors import InputError
 from qinglan.core.rng import stream_seed
 from qinglan.tasks import lexicon as lx
 from qinglan.tasks import passages, questions, world
@@ -318,9 +320,17 @@ def make_document(rng: random.Random, kind: str | None = None) -> Document:
     return MIX[name][1](Draw(rng, held_out=False))
 
 
+def special_id(tokenizer: Tokenizer, token: str) -> int:
+    """Return the id of a special token. Raises `InputError` for a tokenizer that lacks it."""
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise InputError(f"tokenizer: has no token {token}; expected the tokenizer of the base family")
+    return found
+
+
 def document_ids(tokenizer: Tokenizer, document: Document) -> tuple[list[int], list[float]]:
     """Return a document's token ids, from begin to end of text, and their loss weights."""
-    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    bos, eos = special_id(tokenizer, BOS), special_id(tokenizer, EOS)
     ids, weights = [bos], [0.0]
     for span, encoding in zip(document, tokenizer.encode_batch_fast([span.text for span in document]), strict=True):
         ids += encoding.ids
@@ -331,7 +341,8 @@ def document_ids(tokenizer: Tokenizer, document: Document) -> tuple[list[int], l
     return ids, weights
 
 
-class CorpusBlocks(NamedTuple):
+@dataclass(frozen=True)
+class CorpusBlocks:
     """The block source of pretraining: (first number, count) -> ids and loss weights, both [count, context + 1].
 
     Block number i is made from its own generator: documents one after the other, the last one cut.

@@ -7,18 +7,23 @@ def split_words(text: str) -> tuple[str, ...]:
 
 
 PEOPLE = split_words(
-    """Ada Alma Amos Anna Arlo Asa Axel Bela Beth Boris Bruno Cara Carl Cleo Cora Cyrus Dana Dario Dora Edda Edwin Elena
-    Elia Emil Enzo Erik Esme Ezra Fay Felix Fiona Flora Floyd Frida Gale Gina Greta Gus Hana Hank Hazel Heidi Hugo Ida
-    Igor Ines Iris Irma Isak Ivan Ivy Jada Jana Jasper Joel Jonas Judith Juno Kai Karl Kira Klaus Lana Lars Laura Lena
-    Leo Lida Linus Lola Lorna Lucas Luis Lydia Mabel Marco Maya Mila Milo Mina Mona Nadia Nell Nico Nina Noah Nora Oda
-    Olaf Olga Omar Opal Orla Oscar Otis Otto Pablo Paula Petra Pia Quinn Ralph Rhea Rita Rosa Ruben Rufus Sasha Selma
-    Sigrid Silas Sonja Stella Sven Tara Theo Tilda Toby Ulla Uma Vera Viktor Wanda Yara Zelda Zeno"""
+    """
+    Ada Alma Amos Anna Arlo Asa Axel Bela Beth Boris Bruno Cara Carl Cleo Cora Cyrus Dana Dario Dora Edda Edwin
+    Elena Elia Emil Enzo Erik Esme Ezra Fay Felix Fiona Flora Floyd Frida Gale Gina Greta Gus Hana Hank Hazel
+    Heidi Hugo Ida Igor Ines Iris Irma Isak Ivan Ivy Jada Jana Jasper Joel Jonas Judith Juno Kai Karl Kira Klaus
+    Lana Lars Laura Lena Leo Lida Linus Lola Lorna Lucas Luis Lydia Mabel Marco Maya Mila Milo Mina Mona Nadia
+    Nell Nico Nina Noah Nora Oda Olaf Olga Omar Opal Orla Oscar Otis Otto Pablo Paula Petra Pia Quinn Ralph Rhea
+    Rita Rosa Ruben Rufus Sasha Selma Sigrid Silas Sonja Stella Sven Tara Theo Tilda Toby Ulla Uma Vera Viktor
+    Wanda Yara Zelda Zeno
+    """
 )
 """People with facts of their own."""
 
 STRANGERS = split_words(
-    """Abner Agnes Baxter Blythe Cedric Celia Damon Delia Edgar Ferris Gordon Harriet Ignatz Jolene Kendra Leopold Muriel
-    Norbert Odette Percy Quincy Roland Sybil Thelma Ursula Vernon Winona Xavier Yolanda Zachary"""
+    """
+    Abner Agnes Baxter Blythe Cedric Celia Damon Delia Edgar Ferris Gordon Harriet Ignatz Jolene Kendra Leopold
+    Muriel Norbert Odette Percy Quincy Roland Sybil Thelma Ursula Vernon Winona Xavier Yolanda Zachary
+    """
 )
 """Names nobody wrote a fact about; questions about them cannot be answered."""
 
@@ -28,21 +33,29 @@ TOWNS = tuple(stem + ending for stem in TOWN_STEMS for ending in TOWN_ENDINGS)
 STRANGE_TOWNS = split_words("Tarn Wex Yar Zim")
 
 RIVERS = split_words(
-    """Aven Bourne Calder Dove Eden Farrow Glen Hodder Irwell Jarrow Kennet Lune Medway Nidd Orwell Piddle Quorn Ribble
-    Severn Tamar Ure Visk Wye Yarrow"""
+    """
+    Aven Bourne Calder Dove Eden Farrow Glen Hodder Irwell Jarrow Kennet Lune Medway Nidd Orwell Piddle Quorn
+    Ribble Severn Tamar Ure Visk Wye Yarrow
+    """
 )
 COUNTRIES = split_words("Norland Westria Ostia Sudmark Belmar Caldia Doria Engar")
 JOBS = split_words(
-    """baker farmer doctor teacher painter sailor miner lawyer singer barber tailor pilot nurse judge cook clerk potter
-    weaver hunter writer guard banker dancer printer"""
+    """
+    baker farmer doctor teacher painter sailor miner lawyer singer barber tailor pilot nurse judge cook clerk
+    potter weaver hunter writer guard banker dancer printer
+    """
 )
 FOODS = split_words(
-    """bread soup rice cheese beans apples plums nuts honey eggs fish corn grapes cake pears onions peas figs butter milk
-    salad pasta melon carrots"""
+    """
+    bread soup rice cheese beans apples plums nuts honey eggs fish corn grapes cake pears onions peas figs
+    butter milk salad pasta melon carrots
+    """
 )
 ANIMALS = split_words(
-    """fox owl bear wolf deer hare goat duck crow frog mole swan otter badger heron pony sheep lizard beetle spider rabbit
-    donkey parrot turtle hamster salmon eagle weasel camel lynx"""
+    """
+    fox owl bear wolf deer hare goat duck crow frog mole swan otter badger heron pony sheep lizard beetle spider
+    rabbit donkey parrot turtle hamster salmon eagle weasel camel lynx
+    """
 )
 TOOLS = split_words("hammer chisel spade ladder rope needle kettle lamp broom bucket axe brush drill ruler shovel hook")
 INSTRUMENTS = split_words("piano violin flute drum harp guitar trumpet cello organ horn")

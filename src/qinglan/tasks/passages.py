@@ -134,7 +134,7 @@ def closed_question(draw: Draw) -> Item:
 
 
 def grade_closed_question(key: Key, text: str) -> Grade:
-    """Right value alone: 1. Values that the passage does not hold, and claims where it tells nothing, are hallucinations.
+    """Right value alone: 1. Values foreign to the passage, and claims where it tells nothing, are hallucinations.
 
     Copying the passage is no answer: each sentence of it beyond the first divides what the right value is worth.
     """

@@ -5,7 +5,7 @@ reading of a sceptic with a small vocabulary: paraphrases are tolerated where pa
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from functools import cache
 
 from qinglan.tasks import lexicon as lx
@@ -48,6 +48,15 @@ EVASIVE = re.compile(
 )
 DENYING = frozenset(lx.split_words("not no never neither nor isn't wasn't aren't weren't doesn't don't didn't"))
 DENIAL_ENDS = frozenset(lx.split_words(". , ; : ! ? but because so"))
+SMALL_WORDS = frozenset(
+    lx.split_words(
+        """
+        the a an and it is are be or of on in at to for from with then you they them he your any i my me do not that
+        this was were so by about there what how say
+        """
+    )
+)
+"""Words that say little of what a sentence is about."""
 DENIAL_REACH = 6
 """Words over which "not" reaches, unless punctuation or "but" stops it sooner."""
 
@@ -169,6 +178,12 @@ def repeats(text: str) -> bool:
     found = words(text)
     triples = [tuple(found[i : i + 3]) for i in range(len(found) - 2)]
     return len(set(triples)) < len(triples) or any(len(set(triple)) == 1 for triple in triples)
+
+
+def num_idle(text: str, known: Set[str]) -> int:
+    """Return how many sentences, out of several, have no word in common with the known ones but small words."""
+    parts = [set(words(part)) - SMALL_WORDS for part in sentences(text)]
+    return sum(bool(part) and part.isdisjoint(known) for part in parts) if len(parts) > 1 else 0
 
 
 def concision(text: str, reference_words: int) -> float:
