@@ -64,7 +64,9 @@ def page() -> str:
             continue
         described[kind] = name
         sections += [table(kind, "--"), *presets(kind)]
-    sections.append("## Parts\n\nClasses of settings that commands contain. A command may set other defaults: see there.\n")
+    sections.append(
+        "## Parts\n\nClasses of settings that commands contain. A command may set other defaults: see there.\n"
+    )
     for part in sorted(parts, key=lambda one: one.__name__):
         module = part.__module__.removeprefix("qinglan.").replace(".", "/")
         sections.append(f"### {part.__name__}\n\n{first_line(part)} Defined in `{module}.py`.\n")

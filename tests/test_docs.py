@@ -22,7 +22,21 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "qinglan"
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in (*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "LOG.md") if path.is_file())
-TEXT_SUFFIXES = {".md", ".py", ".toml", ".txt", ".yaml", ".yml", ".html", ".css", ".js", ".jinja", ".json", ".jsonl", ""}
+TEXT_SUFFIXES = {
+    ".md",
+    ".py",
+    ".toml",
+    ".txt",
+    ".yaml",
+    ".yml",
+    ".html",
+    ".css",
+    ".js",
+    ".jinja",
+    ".json",
+    ".jsonl",
+    "",
+}
 
 
 def read(path: Path) -> str:
@@ -59,8 +73,12 @@ def test_every_configuration_class_belongs_to_a_command() -> None:
     names = {kind.__name__ for kind in known} | {Config.__name__}
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(read(path))):
-            if isinstance(node, ast.ClassDef) and any(isinstance(base, ast.Name) and base.id in names for base in node.bases):
-                assert node.name in names, f"{path}: {node.name} can be set by no command, so docs/settings.md has it not"
+            if isinstance(node, ast.ClassDef) and any(
+                isinstance(base, ast.Name) and base.id in names for base in node.bases
+            ):
+                assert node.name in names, (
+                    f"{path}: {node.name} can be set by no command, so docs/settings.md has it not"
+                )
 
 
 # ------------------------------------------------------------------------------------------------- names in the texts
@@ -80,9 +98,11 @@ def defined_in(path: Path) -> set[str]:
 
 
 @cache
-def test_names() -> set[str]:
+def names_of_tests() -> set[str]:
     """Return the names of all test functions."""
-    return {name for path in (ROOT / "tests").rglob("test_*.py") for name in defined_in(path) if name.startswith("test_")}
+    return {
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in defined_in(path) if name.startswith("test_")
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -94,7 +114,7 @@ def test_files_functions_and_tests_named_in_the_texts_exist(page: Path) -> None:
             assert path is not None, f"{page.name}: no file {place[1]}"
             assert place[2] is None or place[2] in defined_in(path), f"{page.name}: {place[1]} defines no {place[2]}"
         if re.fullmatch(r"test_\w+", name):
-            assert name in test_names(), f"{page.name}: there is no test {name}"
+            assert name in names_of_tests(), f"{page.name}: there is no test {name}"
 
 
 def test_settings_named_by_the_recipes_page_exist() -> None:
@@ -117,7 +137,9 @@ def test_every_dependency_has_its_reason() -> None:
     for requirement in wanted:
         name = re.split(r"[<>=~!\[; ]", requirement)[0]
         assert f"| `{name}` |" in text, f"docs/dependencies.md: no row for {name}"
-    versions = dict(line.split("==") for line in read(ROOT / "constraints.txt").splitlines() if "==" in line and line[0] != "#")
+    versions = dict(
+        line.split("==") for line in read(ROOT / "constraints.txt").splitlines() if "==" in line and line[0] != "#"
+    )
     assert f"torch=={versions['torch']}" in text
 
 
@@ -147,7 +169,9 @@ def test_the_reward_function_of_the_page_works(tmp_path: Path, monkeypatch: pyte
     monkeypatch.syspath_prepend(str(tmp_path))
     common = {"source": "human", "producer_id": "ann", "prompt_group_id": "ann"}
     prompt = Prompt(id="p", messages=(Message(role="user", content="Hi!"),), **common)
-    completions = [Completion(id=text, prompt_id="p", text=text, **common) for text in ("One two three four five.", "One.")]
+    completions = [
+        Completion(id=text, prompt_id="p", text=text, **common) for text in ("One two three four five.", "One.")
+    ]
     assert load_reward_function("my_rewards:brevity")([prompt, prompt], completions) == [0, -4]
 
 
@@ -156,7 +180,9 @@ def test_the_reward_function_of_the_page_works(tmp_path: Path, monkeypatch: pyte
 
 def anchors_of(page: Path) -> set[str]:
     """Return the link targets of a page's headings, as Markdown viewers make them."""
-    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", read(page), flags=re.DOTALL | re.MULTILINE), flags=re.MULTILINE)
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", read(page), flags=re.DOTALL | re.MULTILINE), flags=re.MULTILINE
+    )
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -181,13 +207,17 @@ def tree_of_the_readme() -> list[tuple[str, list[Path]]]:
     with, or beside what it begins with.
     """
     assert (ROOT / "README.md").is_file(), "README.md is missing"
-    section = re.search(r"^## The house\n.*?^```\w*\n(.*?)^```", read(ROOT / "README.md"), flags=re.DOTALL | re.MULTILINE)
+    section = re.search(
+        r"^## The house\n.*?^```\w*\n(.*?)^```", read(ROOT / "README.md"), flags=re.DOTALL | re.MULTILINE
+    )
     assert section, "README.md: no section '## The house' with the file tree as a block of code"
     found: list[tuple[str, list[Path]]] = []
     folders: list[tuple[int, Path]] = [(-1, ROOT)]
     for line in section[1].splitlines():
         plain = re.sub("[│├└─|]", " ", line)
-        names = re.findall(r"(?<![\w/.-])[\w./-]+/(?![\w.])|(?<![\w/.-])[\w./-]*\w\.(?:py|md|toml|txt|html|css|yaml)\b", plain)
+        names = re.findall(
+            r"(?<![\w/.-])[\w./-]+/(?![\w.])|(?<![\w/.-])[\w./-]*\w\.(?:py|md|toml|txt|html|css|yaml)\b", plain
+        )
         if not plain.strip():
             continue
         indent = len(plain) - len(plain.lstrip())
@@ -212,17 +242,27 @@ def test_the_readmes_tree_names_what_is_there_and_every_package() -> None:
         assert package.resolve() in named or package == SOURCE, f"README.md, The house: {package.name}/ is missing"
 
 
-# ----------------------------------------------------------------------------------------------- nothing of our workshop
+# ---------------------------------------------------------------------------------------------- nothing of our workshop
 
 
 def test_no_path_of_the_machines_that_it_was_written_on() -> None:
-    here = str(ROOT)
-    foreign = ["/wo" + "rk/", "shared" + "/data", "shared" + "/reference", "DESI" + "GN.md", "ROAD" + "MAP.md", "/tm" + "p/contract"]
-    foreign += [here] if len(here) > 8 else []
+    foreign = [
+        "/wo" + "rk/",
+        "shared" + "/data",
+        "shared" + "/reference",
+        "DESI" + "GN.md",
+        "ROAD" + "MAP.md",
+        "/tm" + "p/contract",
+    ]
     folders = [SOURCE, DOCS, ROOT / "tests", ROOT / "benchmarks", ROOT / ".ci"]
     files = [file for folder in folders for file in folder.rglob("*")] + list(ROOT.glob("*"))
     for file in files:
-        if not file.is_file() or file.suffix not in TEXT_SUFFIXES or "__pycache__" in file.parts or file.name == ".ready":
+        if (
+            not file.is_file()
+            or file.suffix not in TEXT_SUFFIXES
+            or "__pycache__" in file.parts
+            or file.name == ".ready"
+        ):
             continue
         text = read(file)
         for name in foreign:

@@ -49,8 +49,8 @@ def test_skipped_rows_are_counted(run, model_dir, demonstrations, tmp_path) -> N
     command = ["sft", "--model", model_dir(), "--demonstrations", demonstrations, *FAST, "--on-bad", "skip"]
     answer = run(*command, "--sampling.max-new-tokens", 2, "--out", tmp_path / "run", "--json")
     metrics = json.loads(answer.out)["metrics"]
-    assert (metrics["broken"]["value"], metrics["too_long"]["value"]) == (1, 1)
-    assert metrics["training"]["value"] + metrics["held_out"]["value"] == 12
+    assert (metrics["rows/broken"]["value"], metrics["rows/too_long"]["value"]) == (1, 1)
+    assert metrics["rows/training"]["value"] + metrics["rows/held_out"]["value"] == 12
 
 
 def test_rows_longer_than_the_context(refused, model_dir, write, demonstrations, tmp_path) -> None:

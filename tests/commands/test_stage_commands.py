@@ -51,7 +51,7 @@ def test_sft(run, model_dir, demonstrations, tmp_path, architecture, options) ->
     report = check_run(out, "sft", answer)
     before, after = report["rows"]["floor"], report["rows"]["student"]
     assert after["value"] < before["value"] and before["n"] == after["n"] >= 2
-    assert report["metrics"]["training"]["value"] + report["metrics"]["held_out"]["value"] == 12
+    assert report["metrics"]["rows/training"]["value"] + report["metrics"]["rows/held_out"]["value"] == 12
     directory = out / "stages" / "sft" / "model"
     AutoModelForCausalLM.from_pretrained(directory)
     assert AutoTokenizer.from_pretrained(directory).chat_template
@@ -79,7 +79,7 @@ def test_reward(run, model_dir, comparisons, demonstrations, tmp_path, architect
     )  # fmt: skip
     report = check_run(out, "reward", answer)
     accuracy = report["metrics"]["reward_model_accuracy"]
-    assert accuracy["n"] == 2 * report["metrics"]["held_out"]["n"]  # of three pairs one is tied
+    assert accuracy["n"] == 2 * report["metrics"]["rows/held_out"]["n"]  # of three pairs one is tied
     assert accuracy["n"] == 2 * report["metrics"]["held_out_prompt_groups"]["n"]
     assert 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1
     assert report["rows"]["floor"] == report["metrics"]["longer_wins_accuracy"]
@@ -162,9 +162,8 @@ def test_a_finished_run_is_refused_resumed_and_repeated(run, refused, model_dir,
     repeated = run("sft", "--config", out / "config.yaml", "--seed", 3, "--out", again, "--json")
     assert json.loads(repeated.out)["metrics"] == first["metrics"]
 
-    held = Run.open(out, read_command(out), seed=3, recipe="sft", resume=True)
-    assert "another process is working in this folder" in refused(*command, "--out", out, "--resume")
-    assert held.dir == out
+    with Run.open(out, read_command(out), seed=3, recipe="sft", resume=True):
+        assert "another process is working in this folder" in refused(*command, "--out", out, "--resume")
 
 
 def read_command(out: Path) -> SFTCommand:
@@ -179,7 +178,7 @@ def test_without_held_out_groups_nothing_is_measured_but_the_model_is_there(
         "reward", "--model", model_dir(), "--comparisons", comparisons, "--held-out", 0, "--out", out, "--json"
     )
     report = check_run(out, "reward", answer)
-    assert report["rows"] == {} and report["metrics"]["training"]["value"] == 12
+    assert report["rows"] == {} and report["metrics"]["rows/training"]["value"] == 12
     assert (out / "stages" / "reward_model" / "model").is_dir()
 
 

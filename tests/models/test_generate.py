@@ -343,7 +343,7 @@ def test_a_model_without_keys_and_values_is_exact_and_says_so_once(
             torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=1e-5, rtol=0)
     assert generate(lm, PROMPTS, config, seed=0, num_samples=2) == samples
     said = capsys.readouterr().err
-    assert said.count("sampling from mamba: it does not keep plain keys and values") == 1
+    assert said.count("sampling from mamba: its layers are not known to keep plain keys and values") == 1
 
 
 def test_slots_that_change_the_logits_are_not_used(

@@ -80,40 +80,11 @@ def test_weights_add_up_and_perfection_is_one() -> None:
     assert sum(task.share for task in TASKS.values()) == pytest.approx(1.1, abs=0.11)
 
 
-GIBBERISH = st.lists(
-    st.sampled_from(
-        [
-            *NOUNS,
-            *[
-                "the",
-                "a",
-                "of",
-                "is",
-                "was",
-                "not",
-                "in",
-                "and",
-                "to",
-                ".",
-                ",",
-                "?",
-                "I",
-                "do",
-                "know",
-                "can",
-                "help",
-                "with",
-                "that",
-                "1",
-                "22",
-            ],
-        ]
-    ),
-    max_size=14,
-).map(" ".join)
+COMMON = lx.split_words("the a of is was not in lives plays and near has to . , ? I do know can help with that 1 22")
+GIBBERISH = st.lists(st.sampled_from([*NOUNS, *COMMON]), max_size=14).map(" ".join)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(GIBBERISH, st.sampled_from(list(TASKS)), st.integers(0, 39))
 def test_any_text_gets_a_grade_between_0_and_1(text: str, use_case: str, number: int) -> None:
     found = grade(drawn(use_case, False, 40)[number], text)
@@ -122,7 +93,7 @@ def test_any_text_gets_a_grade_between_0_and_1(text: str, use_case: str, number:
 
 def test_gibberish_of_the_world_scores_low() -> None:
     rng = random.Random(0)
-    common = ["the", "the", "a", "of", "is", "lives", "in", "plays", "and", "near", "has"]
+    common = COMMON[:12]
     for use_case in TASKS:
         texts = [" ".join(rng.choice([*NOUNS, *common, *common]) for _ in range(7)) + "." for _ in range(15)]
         scores = [overall(grade(item, text)) for item, text in zip(drawn(use_case, False, 40), texts, strict=False)]

@@ -75,10 +75,10 @@ def sides_from_file(
             "of more prompt groups, or hold out a smaller share"
         )
     counts = {
-        "training": len(sides["train"]),
-        "held_out": len(sides["valid"]),
-        "too_long": num_long,
-        "broken": len(loaded.skipped),
+        "rows/training": len(sides["train"]),
+        "rows/held_out": len(sides["valid"]),
+        "rows/too_long": num_long,
+        "rows/broken": len(loaded.skipped),
     }
     return Sides(sides["train"], sides["valid"], {name: count(number) for name, number in counts.items()})
 

@@ -69,7 +69,8 @@ def conclude(run: Run, stage: Stage, found: StageFindings) -> CommandResult:
         seconds=report.seconds,
     )
     path = write_page(run.dir / "report.html", page)
-    text = f"{headline(report, list(found.metrics))}\nmodel: {stage.dir / 'model'}\n{path}"
+    beside_rows = [name for name, measure in found.metrics.items() if measure not in found.rows.values()]
+    text = f"{headline(report, beside_rows)}\nmodel: {stage.dir / 'model'}\n{path}"
     return CommandResult(text, report.to_json())
 
 

@@ -287,7 +287,7 @@ def report(config: ReportCommand, options: Options) -> CommandResult:
     found = report_from(data, file)
     if config.markdown:
         return CommandResult(markdown_summary(found).rstrip(), data)
-    names = [name for name in HEADLINE if name in found.metrics] or list(found.metrics)
+    names = HEADLINE if found.recipe == "instruct-gpt" else list(found.metrics)
     return CommandResult(f"{headline(found, names)}\n{config.run / 'report.html'}", data)
 
 

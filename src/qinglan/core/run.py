@@ -46,7 +46,7 @@ class Measure(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `report.json` says: a contract for programs (DESIGN.md, A run)."""
+    """What `report.json` says: a contract for programs (docs/instruct_gpt.md)."""
 
     recipe: str
     seconds: float

@@ -93,7 +93,7 @@ def model_facts(model: PreTrainedModel, name: str, dtype: torch.dtype | None) ->
     if model not in _FACTS:
         plan = attention_plan(model)
         if plan is None:
-            why, per_token = "it does not keep plain keys and values", 1
+            why, per_token = "its layers are not known to keep plain keys and values", 1
         else:
             why, per_token = _try_slots(model, plan, dtype)
         if why:

@@ -19,8 +19,9 @@ from qinglan.supervisors.simulated import Attributes, LabelerConfig, Quality
 from qinglan.tasks.assistant import World, draw_prompts
 from qinglan.tasks.corpus import RAMBLING
 from qinglan.tasks.demonstrators import DemonstratorConfig, demonstrate
+from qinglan.tasks.passages import NOT_SAID_REPLIES
+from qinglan.tasks.questions import UNKNOWN_REPLIES
 from qinglan.tasks.safety import REFUSALS
-
 
 LABELER_NOISE = 0.18
 """Noise at which two labelers agree on 73% of decided pairs of this world's candidates (InstructGPT: 72.6 +/- 1.5%).
@@ -110,7 +111,8 @@ def candidates_to_rank(
 ) -> list[list[Completion]]:
     """Return K = min_ranked..max_ranked different completions of each prompt: mostly the policy's own samples.
 
-    Among them an irrelevant, a verbose or an over-refusing one, so that the reward model sees what RL might find.
+    One to three are irrelevant, verbose, over-refusing or needlessly ignorant, so that the reward model sees what RL
+    would find: without "I do not know" among the ranked, PPO learnt to say nothing else (`LOG.md`).
     """
     ranked = []
     for number, (prompt, own) in enumerate(zip(prompts, samples, strict=True)):
@@ -118,10 +120,12 @@ def candidates_to_rank(
         count = rng.randint(config.min_ranked, config.max_ranked)
         shift = 1 + rng.randrange(len(samples) - 1) if len(samples) > 1 else 0
         other = samples[(number + shift) % len(samples)][0]
-        strange = [other.text, f"{own[0].text} {' '.join(rng.sample(RAMBLING, 2))}", rng.choice(REFUSALS)]
+        verbose = f"{own[0].text} {' '.join(rng.sample(RAMBLING, 2))}"
+        ignorant = rng.choice((*UNKNOWN_REPLIES, *NOT_SAID_REPLIES))
+        strange = [other.text, verbose, rng.choice(REFUSALS), ignorant]
         rng.shuffle(strange)
         texts = dict.fromkeys(completion.text for completion in own)
-        num_own = max(2, count - rng.randint(1, 2))
+        num_own = max(2, count - rng.randint(1, 3))
         kept = [next(one for one in own if one.text == text) for text in texts if text][:num_own]
         for text in strange:
             if len(kept) < count and text and text not in {one.text for one in kept}:
