@@ -28,7 +28,7 @@ HELD_OUT_WORDINGS = (
     *("Tell me about the {s} in {n} words.", "Tell me {n} {k}s that have no letter {l}.", "Can you say my name?"),
     *("Tell me {ak} that begins with {l}.", "What animal do I have?", "What did I have for dinner?"),
 )
-SOME = 700
+SOME = 704
 
 
 @cache

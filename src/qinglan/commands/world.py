@@ -40,7 +40,11 @@ def show(config: ShowCommand, options: Options) -> CommandResult:
         for use_case in TASKS:
             for _ in range(config.per_kind):
                 item = make_item(draw, use_case)
-                lines += ["", f"[{', '.join(item.tags)}]", *(f"  {turn.role}: {turn.content}" for turn in item.messages)]
+                lines += [
+                    "",
+                    f"[{', '.join(item.tags)}]",
+                    *(f"  {turn.role}: {turn.content}" for turn in item.messages),
+                ]
                 replies = {"good": item.good[0], **item.faulty}
                 graded = {kind: {"text": text, "gold": overall(grade(item, text))} for kind, text in replies.items()}
                 lines += [f"    {kind:<9} {one['gold']:.2f}  {one['text']}" for kind, one in graded.items()]
@@ -52,7 +56,10 @@ def show(config: ShowCommand, options: Options) -> CommandResult:
         lines += ["", "Demonstrations, uneven as people are:"]
         for pair in shown:
             text, gold = pair.demonstration.text, overall(world.grade(pair.prompt, pair.demonstration))
-            lines += [f"  {pair.prompt.messages[-1].content}", f"    {gold:.2f}  {text}  ({pair.demonstration.producer_id})"]
+            lines += [
+                f"  {pair.prompt.messages[-1].content}",
+                f"    {gold:.2f}  {text}  ({pair.demonstration.producer_id})",
+            ]
             data["demonstrations"].append({"prompt": pair.prompt.messages[-1].content, "text": text, "gold": gold})
     if config.what in ("all", "corpus"):
         lines += ["", "Documents of the pretraining corpus:"]
@@ -94,7 +101,9 @@ def pretrain_sizes(config: PretrainCommand, options: Options) -> CommandResult:
         stage = run.stage("pretrain", config.training)
         source = corpus.CorpusBlocks(tokenizer._tokenizer, options.seed, config.training.context)
         fresh = build(size, tokenizer, options.seed, device=device)
-        lm = pretrain(fresh, source, config.training, stage=stage, seed=options.seed, probe=_probe_rates(config, options.seed))
+        lm = pretrain(
+            fresh, source, config.training, stage=stage, seed=options.seed, probe=_probe_rates(config, options.seed)
+        )
         stage.finish()
         measures = probe_capabilities(lm, num_items=config.num_probe_items, seed=options.seed)
         if config.ship:

@@ -24,7 +24,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         os.close(handle)
     except OSError as error:
-        raise InputError(f"{path}: cannot write here ({error.strerror}); free some space or choose another --out") from error
+        raise InputError(
+            f"{path}: cannot write here ({error.strerror}); free some space or choose another --out"
+        ) from error
     part = Path(name)
     try:
         write(part)
@@ -33,14 +35,20 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         part.chmod(0o644)
         part.replace(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot write here ({error.strerror}); free some space or choose another --out") from error
+        raise InputError(
+            f"{path}: cannot write here ({error.strerror}); free some space or choose another --out"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically, in UTF-8."""
-    write_atomic(path, lambda part: part.write_text(text, encoding="utf-8") and None)
+
+    def write(part: Path) -> None:
+        part.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -93,7 +101,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                 if line.strip():
                     yield number, json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); expected one JSON object a line") from error
+        raise InputError(
+            f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); expected one JSON object a line"
+        ) from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}:{number + 1}: not UTF-8 text") from error
     except (gzip.BadGzipFile, EOFError) as error:

@@ -136,7 +136,9 @@ class Comparison(Record):
             raise ValueError(f"the ranking names an item twice: {self.label.groups}")
         absent = [item for item in named if not 0 <= item < count]
         if absent:
-            raise ValueError(f"the ranking names items that are absent: {absent}; there are {count} items, numbered from 0")
+            raise ValueError(
+                f"the ranking names items that are absent: {absent}; there are {count} items, numbered from 0"
+            )
         return self
 
 

@@ -113,6 +113,7 @@ class Stage(NamedTuple):
     def finish(self, result: dict[str, Any] | None = None) -> None:
         """Mark the stage as done; `result` is a small JSON mapping."""
         write_json(self.dir / "done.json", {"key": self.key, "stage": self.name, "result": result or {}})
+        self.run.save_clock()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line to the run's metrics.jsonl."""
@@ -134,6 +135,8 @@ class Run:
         self.quiet = quiet
         self.config_hash = hash_of(config.model_dump(mode="json"))
         self.started = time.monotonic()
+        clock = self.dir / "stages" / "clock.json"
+        self.earlier_seconds: float = read_json(clock)["seconds"] if clock.is_file() else 0.0
         self.inputs: dict[str, str] = {}
         self._lock: TextIO | None = None
 
@@ -158,7 +161,9 @@ class Run:
         text = to_yaml(config)
         if config_file.is_file():
             if not resume:
-                raise InputError(f"{run.dir}: holds a run already; add --resume to go on with it, or choose another --out")
+                raise InputError(
+                    f"{run.dir}: holds a run already; add --resume to go on with it, or choose another --out"
+                )
             if config_file.read_text(encoding="utf-8") != text:
                 raise InputError(
                     f"{run.dir}: holds a run with another configuration (see {config_file}); choose another --out"
@@ -176,7 +181,9 @@ class Run:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.close()
-            raise InputError(f"{self.dir}: another process is working in this folder; wait for it or choose another --out") from error
+            raise InputError(
+                f"{self.dir}: another process is working in this folder; wait for it or choose another --out"
+            ) from error
         return lock
 
     def _write_lineage(self) -> None:
@@ -242,10 +249,12 @@ class Run:
         return [rows[step] for step in sorted(rows)]
 
     def elapsed(self) -> float:
-        """Return seconds since the run was opened, added to those of earlier, interrupted openings."""
-        clock = self.dir / "stages" / "clock.json"
-        earlier = read_json(clock)["seconds"] if clock.is_file() else 0.0
-        return earlier + time.monotonic() - self.started
+        """Return seconds since the run was opened, added to those of earlier openings up to their last finished stage."""
+        return self.earlier_seconds + time.monotonic() - self.started
+
+    def save_clock(self) -> None:
+        """Remember the time spent so far, for a run that is opened again."""
+        write_json(self.dir / "stages" / "clock.json", {"seconds": self.elapsed()})
 
     def write_report(self, report: Report) -> Path:
         """Write report.json and return its path."""

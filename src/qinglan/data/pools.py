@@ -47,7 +47,9 @@ def pools_from_files(
     Raises `InputError` where no file is given or a file is broken.
     """
     if prompts is None and demonstrations is None and comparisons is None:
-        raise InputError("no data: give --prompts, --demonstrations or --comparisons, or leave all out for the built-in world")
+        raise InputError(
+            "no data: give --prompts, --demonstrations or --comparisons, or leave all out for the built-in world"
+        )
     skipped = 0
     shown: list[Demonstrated] = []
     judged: list[ComparisonGroup] = []

@@ -5,14 +5,15 @@ temperature 1 and greedy, graded by the answer key and judged by held-out labele
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from pydantic import Field
 
 from qinglan.core.config import Config
-from qinglan.core.records import Completion, Prompt, Scorer
+from qinglan.core.records import ComparisonGroup, Completion, Prompt, Scorer
+from qinglan.core.rng import stream_seed
 from qinglan.core.run import Measure
 from qinglan.evals.capability import probe_capabilities
 from qinglan.evals.judge import HeadToHead, head_to_head
@@ -128,7 +129,13 @@ class Bench(NamedTuple):
 
 
 def best_of_n(
-    lm: LanguageModel, prompts: Sequence[Prompt], proxy: Scorer, gold: Scorer, sampling: SamplingConfig, config: MeasureConfig, seed: int
+    lm: LanguageModel,
+    prompts: Sequence[Prompt],
+    proxy: Scorer,
+    gold: Scorer,
+    sampling: SamplingConfig,
+    config: MeasureConfig,
+    seed: int,
 ) -> BestOfN:
     """Return proxy and gold score of the best of n by the proxy, for n = 1, 2, 4, ... (Gao et al. 2022)."""
     chosen = list(prompts[: config.num_best_of_n_prompts])
@@ -155,3 +162,24 @@ def alignment_tax(
         probed = probe_capabilities(lm, num_items=config.num_probe_items, seed=seed)
         measures |= {f"capability/{probe}/{name}": measure for probe, measure in probed.items()}
     return measures
+
+
+def mean_score(
+    scorer: Scorer, prompts: list[Prompt], sampling: SamplingConfig, seed: int
+) -> Callable[[LanguageModel], float]:
+    """Return the function that scores a model by the mean score of its completions of `prompts`."""
+
+    def select(lm: LanguageModel) -> float:
+        drawn = [row[0] for row in sample_completions(lm, prompts, sampling, seed=stream_seed(seed, "select"))]
+        return sum(scorer(prompts, drawn)) / len(drawn)
+
+    return select
+
+
+def range_of(scorer: Scorer, groups: list[ComparisonGroup]) -> tuple[float, float]:
+    """Return the lowest and highest score on the comparisons that the reward model was trained on."""
+    scores = scorer(
+        [group.prompt for group in groups for _ in group.completions],
+        [one for group in groups for one in group.completions],
+    )
+    return min(scores), max(scores)

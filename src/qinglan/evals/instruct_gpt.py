@@ -38,11 +38,23 @@ from qinglan.tasks.assistant import World
 from qinglan.tasks.assistant_data import WorldConfig, candidates_to_rank, quality_of
 
 HEADLINE = (
-    "win_rate_vs_sft", "win_rate_vs_sft_greedy", "length_controlled_win_rate_vs_sft", "win_rate_vs_larger_base",
-    "gold_score/base", "gold_score/sft", "gold_score/policy", "reward_model_accuracy", "labeler_agreement", "kl",
-    "hallucination_rate/sft", "hallucination_rate/policy", "harmful_rate/sft", "harmful_rate/policy",
-    "refusal_rate_on_benign/sft", "refusal_rate_on_benign/policy",
-)  # fmt: skip
+    "win_rate_vs_sft",
+    "win_rate_vs_sft_greedy",
+    "length_controlled_win_rate_vs_sft",
+    "win_rate_vs_larger_base",
+    "gold_score/base",
+    "gold_score/sft",
+    "gold_score/policy",
+    "reward_model_accuracy",
+    "labeler_agreement",
+    "kl",
+    "hallucination_rate/sft",
+    "hallucination_rate/policy",
+    "harmful_rate/sft",
+    "harmful_rate/policy",
+    "refusal_rate_on_benign/sft",
+    "refusal_rate_on_benign/policy",
+)
 
 
 class Outcome(NamedTuple):
@@ -67,9 +79,13 @@ class Outcome(NamedTuple):
     def models(self) -> dict[str, LanguageModel]:
         """The models to compare, by the names that the report uses."""
         named = {
-            "base": self.base, "larger_base": self.larger, "sft": self.baseline, "policy": self.policy,
-            "policy_without_ptx": self.without_ptx, "ceiling": self.ceiling,
-        }  # fmt: skip
+            "base": self.base,
+            "larger_base": self.larger,
+            "sft": self.baseline,
+            "policy": self.policy,
+            "policy_without_ptx": self.without_ptx,
+            "ceiling": self.ceiling,
+        }
         return {name: lm for name, lm in named.items() if lm is not None}
 
 
@@ -124,7 +140,9 @@ def measure_all(
             found.metrics.update(alignment_tax(taxed, outcome.pretrain, config, seed))
     elif outcome.scorer is not None:
         found = measure_by_scorer(found, outcome, outcome.scorer, seed)
-    report = Report("instruct-gpt", run.elapsed(), run.config_hash, found.metrics, found.rows, found.alarms, found.unscored)
+    report = Report(
+        "instruct-gpt", run.elapsed(), run.config_hash, found.metrics, found.rows, found.alarms, found.unscored
+    )
     run.write_report(report)
     progress.show(5, "report")
     return report, found
@@ -137,7 +155,11 @@ def headline_of(report: Report) -> str:
 
 def alarms_of(run: Run) -> list[str]:
     """Return the alarms that PPO stages raised."""
-    names = [name for name in ("ppo", "ppo_without_ptx", "ppo_ceiling") if (run.dir / "stages" / name / "done.json").is_file()]
+    names = [
+        name
+        for name in ("ppo", "ppo_without_ptx", "ppo_ceiling")
+        if (run.dir / "stages" / name / "done.json").is_file()
+    ]
     return [f"{name}: {alarm}" for name in names for alarm in run.finished(name)["alarms"]]
 
 
@@ -158,14 +180,18 @@ def measure_reward_model(
     scorer, agreement, held_out, attainable = as_scorer(outcome.reward_model), None, None, None
     if outcome.world is not None:
         prompts, quality = outcome.pools.test_prompts, quality_of(outcome.world)
-        samples = sample_completions(outcome.start, prompts, sampling, seed=stream_seed(seed, "test rankings"), num_samples=people.max_ranked)
+        samples = sample_completions(
+            outcome.start, prompts, sampling, seed=stream_seed(seed, "test rankings"), num_samples=people.max_ranked
+        )
         shown = candidates_to_rank(prompts, samples, people, seed)
         by_prompt = {prompt.id: (prompt, tuple(ranked)) for prompt, ranked in zip(prompts, shown, strict=True)}
 
         def judged_by(is_held_out: bool) -> list[ComparisonGroup]:
             count = people.num_held_out_labelers if is_held_out else people.num_labelers
             labelers = make_labelers(count, people.labelers, seed if is_held_out else run_seed, held_out=is_held_out)
-            ranked = rank_all(labelers, prompts, shown, quality, seed=stream_seed(seed, "judged", int(is_held_out)), overlap=1.0)
+            ranked = rank_all(
+                labelers, prompts, shown, quality, seed=stream_seed(seed, "judged", int(is_held_out)), overlap=1.0
+            )
             return [ComparisonGroup(*by_prompt[one.prompt_id], one) for one in ranked]
 
         groups, strangers = judged_by(False), judged_by(True)
@@ -182,13 +208,18 @@ def measure_reward_model(
         metrics.pair_accuracy_by(table, "score_gap", seed=seed),
         metrics.pair_accuracy_by(table, "labeler_group", seed=seed),
         metrics.pair_calibration(table, seed=seed),
-        held_out, agreement, attainable,
-    )  # fmt: skip
+        held_out,
+        agreement,
+        attainable,
+    )
     measured = {
-        "reward_model_accuracy": reward.accuracy, "labeler_agreement": agreement, "reward_model_accuracy_held_out_labelers": held_out,
-        "reward_model_ece": reward.calibration.expected_error, "reward_model_brier": reward.calibration.brier,
+        "reward_model_accuracy": reward.accuracy,
+        "labeler_agreement": agreement,
+        "reward_model_accuracy_held_out_labelers": held_out,
+        "reward_model_ece": reward.calibration.expected_error,
+        "reward_model_brier": reward.calibration.brier,
         "attainable_accuracy": attainable.at_most if attainable else None,
-    }  # fmt: skip
+    }
     found.metrics.update({name: measure for name, measure in measured.items() if measure is not None})
     return found._replace(reward=reward)
 
@@ -201,7 +232,9 @@ def scored(groups: list[ComparisonGroup], scorer: Scorer) -> metrics.PairTable:
     return metrics.scored_pairs(groups, [[next(flat) for _ in group.completions] for group in groups])
 
 
-def measure_on_world(found: Findings, outcome: Outcome, people: WorldConfig, config: MeasureConfig, seed: int) -> Findings:
+def measure_on_world(
+    found: Findings, outcome: Outcome, people: WorldConfig, config: MeasureConfig, seed: int
+) -> Findings:
     """Return the findings with gold scores, rates, win rates by held-out labelers, and the report's rows."""
     world, prompts = outcome.world, outcome.pools.test_prompts
     assert world is not None
@@ -243,13 +276,27 @@ def measure_overoptimization(
     if outcome.scorer is None or outcome.world is None or outcome.policy is None:
         return found
     gold = outcome.world.gold()
-    bon = best_of_n(outcome.start, outcome.pools.test_prompts, outcome.scorer, gold, sampling, config, stream_seed(seed, "best of n"))
+    bon = best_of_n(
+        outcome.start,
+        outcome.pools.test_prompts,
+        outcome.scorer,
+        gold,
+        sampling,
+        config,
+        stream_seed(seed, "best of n"),
+    )
     groups = [prompt.prompt_group_id for prompt in outcome.pools.test_prompts[: config.num_best_of_n_prompts]]
-    fits = {"best_of_n": fit_gold_curve("best_of_n", [p.kl for p in bon.points], bon.gold, bon.gold[:, 0], groups, seed=seed)}
+    fits = {
+        "best_of_n": fit_gold_curve(
+            "best_of_n", [p.kl for p in bon.points], bon.gold, bon.gold[:, 0], groups, seed=seed
+        )
+    }
     rows = [row for row in run.metrics("ppo") if "gold" in row and row["kl"] > 0]
     if len(rows) >= 3:
         start = rows[0]["gold"]
-        fits["rl"] = fit_gold_curve("rl", [row["kl"] for row in rows[1:]], [row["gold"] for row in rows[1:]], start, seed=seed)
+        fits["rl"] = fit_gold_curve(
+            "rl", [row["kl"] for row in rows[1:]], [row["gold"] for row in rows[1:]], start, seed=seed
+        )
     for name, fit in fits.items():
         found.metrics.update({f"gold_fit/{name}/alpha": fit.alpha, f"gold_fit/{name}/beta": fit.beta})
     for point in bon.points:

@@ -15,9 +15,13 @@ from qinglan.tasks.assistant import TASKS, WEIGHTS, overall
 from qinglan.tasks.assistant_data import WorldConfig
 
 NAMES = {
-    "base": "base", "larger_base": "larger base", "sft": "SFT", "policy": "policy", "policy_without_ptx": "policy without ptx",
+    "base": "base",
+    "larger_base": "larger base",
+    "sft": "SFT",
+    "policy": "policy",
+    "policy_without_ptx": "policy without ptx",
     "ceiling": "ceiling",
-}  # fmt: skip
+}
 
 
 def draw_page(run: Run, report: Report, outcome: Outcome, found: Findings, people: WorldConfig) -> Page:
@@ -35,7 +39,11 @@ def draw_page(run: Run, report: Report, outcome: Outcome, found: Findings, peopl
     return Page(
         title="InstructGPT: a model aligned by feedback",
         subtitle=f"{outcome.base.name} aligned on "
-        + ("the built-in world; people are simulated, the answer key only measures" if on_world else "your data; there is no answer key"),
+        + (
+            "the built-in world; people are simulated, the answer key only measures"
+            if on_world
+            else "your data; there is no answer key"
+        ),
         verdict=verdict(report, on_world),
         rows=report.rows,
         metrics=report.metrics,
@@ -44,18 +52,25 @@ def draw_page(run: Run, report: Report, outcome: Outcome, found: Findings, peopl
         unscored=report.unscored,
         config_yaml=to_yaml(run.config),
         lineage=read_json(run.dir / "lineage.json"),
-        row_names={"floor": "SFT on demonstrations", "student": "Policy (PPO on rankings)", "ceiling": "PPO on the answer key"},
+        row_names={
+            "floor": "SFT on demonstrations",
+            "student": "Policy (PPO on rankings)",
+            "ceiling": "PPO on the answer key",
+        },
         rows_caption="Mean gold score, 0 to 1, of completions sampled for prompts of held-out users, entities and wordings."
-        if on_world else "Mean score by the reward model that was trained against: a proxy, not the truth.",
+        if on_world
+        else "Mean score by the reward model that was trained against: a proxy, not the truth.",
         seconds=report.seconds,
-    )  # fmt: skip
+    )
 
 
 def verdict(report: Report, on_world: bool) -> tuple[str, ...]:
     """Return short sentences that say what came out, with the words that the intervals allow."""
     found = report.metrics
     if "win_rate_vs_sft" not in found:
-        done = "The policy was trained and its scores are below." if "student" in report.rows else "No policy was trained."
+        done = (
+            "The policy was trained and its scores are below." if "student" in report.rows else "No policy was trained."
+        )
         return (done, *([] if on_world else ["Without an answer key or judges, only the proxy's view can be shown."]))
     sentences = [
         f"Held-out labelers {_prefer(found['win_rate_vs_sft'])} the policy over the supervised model "
@@ -67,9 +82,15 @@ def verdict(report: Report, on_world: bool) -> tuple[str, ...]:
         sentences.append(
             f"Against the larger base model, which was never aligned, the policy wins {_percent(found['win_rate_vs_larger_base'])}."
         )
-    for key, what in (("hallucination_rate", "invents"), ("harmful_rate", "does harm"), ("refusal_rate_on_benign", "refuses what is harmless")):
+    for key, what in (
+        ("hallucination_rate", "invents"),
+        ("harmful_rate", "does harm"),
+        ("refusal_rate_on_benign", "refuses what is harmless"),
+    ):
         before, after = found[f"{key}/sft"], found[f"{key}/policy"]
-        sentences.append(f"It {what} in {_percent(after)} of the cases that invite it; the supervised model in {_percent(before)}.")
+        sentences.append(
+            f"It {what} in {_percent(after)} of the cases that invite it; the supervised model in {_percent(before)}."
+        )
     return tuple(sentences)
 
 
@@ -100,44 +121,72 @@ def preference_section(found: Findings) -> Section:
     battle = found.battles["sft"]
     table = Table(
         ("use case", "win rate vs SFT", "greedy"),
-        tuple((tag, measure, found.battles["sft_greedy"].by_tag.get(tag)) for tag, measure in battle.by_tag.items() if tag in TASKS),
+        tuple(
+            (tag, measure, found.battles["sft_greedy"].by_tag.get(tag))
+            for tag, measure in battle.by_tag.items()
+            if tag in TASKS
+        ),
         "Win rate of the policy over SFT by use case; ties count half.",
     )
     return Section(
         "Do people prefer it?",
-        ("Labelers who never labelled training data compare two completions of the same prompt, in both orders. A win "
-         "counts 1, a tie one half. Completions are drawn at temperature 1, and once more greedily, since part of what RL "
-         "gains by sampling is only a sharper distribution.",
-         f"Two of these judges agree on {_percent(battle.judge_agreement)} of the pairs that both decide; "
-         f"{_percent(battle.tie_rate)} of the judgements are ties."),
-        figures=(Figure("Win rate of the policy", chart, "Win rates with 95% intervals; the line at one half means no preference.",
-                        "The length-controlled rate is what the judges' model predicts at equal length."),),
+        (
+            "Labelers who never labelled training data compare two completions of the same prompt, in both orders. A win "
+            "counts 1, a tie one half. Completions are drawn at temperature 1, and once more greedily, since part of what RL "
+            "gains by sampling is only a sharper distribution.",
+            f"Two of these judges agree on {_percent(battle.judge_agreement)} of the pairs that both decide; "
+            f"{_percent(battle.tie_rate)} of the judgements are ties.",
+        ),
+        figures=(
+            Figure(
+                "Win rate of the policy",
+                chart,
+                "Win rates with 95% intervals; the line at one half means no preference.",
+                "The length-controlled rate is what the judges' model predicts at equal length.",
+            ),
+        ),
         tables=(table,),
-    )  # fmt: skip
+    )
 
 
 def gold_section(found: Findings) -> Section:
     """Return gold scores by use case and the rates of inventing, harming and refusing."""
     names = [name for name in ("base", "larger_base", "sft", "policy") if name in found.graded]
     by_case = {name: found.graded[name].by_use_case(0) for name in names}
-    rows = [DotRow(case.replace("_", " "), {NAMES[name]: by_case[name][case] for name in names}) for case in by_case[names[0]]]
+    rows = [
+        DotRow(case.replace("_", " "), {NAMES[name]: by_case[name][case] for name in names})
+        for case in by_case[names[0]]
+    ]
     rates = []
-    for key, label in (("hallucination_rate", "invents"), ("harmful_rate", "does harm"), ("refusal_rate_on_benign", "refuses the harmless")):
+    for key, label in (
+        ("hallucination_rate", "invents"),
+        ("harmful_rate", "does harm"),
+        ("refusal_rate_on_benign", "refuses the harmless"),
+    ):
         for kind in ("", "_greedy"):
             dots = {NAMES[name]: found.metrics[f"{key}/{name}{kind}"] for name in names}
             rates.append(DotRow(label + (", greedy" if kind else ""), dots))
     weights = f"{WEIGHTS.helpful:g} helpful + {WEIGHTS.honest:g} honest + {WEIGHTS.harmless:g} harmless"
     return Section(
         "Is it right?",
-        (f"The answer key grades every completion: {weights}, each from 0 to 1. Simulated labelers see it "
-         "through their noise and habits; the policy's training and the choice of checkpoints never see it.",),
-        figures=(
-            Figure("Gold score by use case", figures.dot_rows(rows),
-                   "Mean gold score of each model for each use case, with 95% intervals.", "What got worse shows here too."),
-            Figure("What should be rare", figures.dot_rows(rates),
-                   "Rates of invented facts, harmful help and refusals of harmless requests, by model."),
+        (
+            f"The answer key grades every completion: {weights}, each from 0 to 1. Simulated labelers see it "
+            "through their noise and habits; the policy's training and the choice of checkpoints never see it.",
         ),
-    )  # fmt: skip
+        figures=(
+            Figure(
+                "Gold score by use case",
+                figures.dot_rows(rows),
+                "Mean gold score of each model for each use case, with 95% intervals.",
+                "What got worse shows here too.",
+            ),
+            Figure(
+                "What should be rare",
+                figures.dot_rows(rates),
+                "Rates of invented facts, harmful help and refusals of harmless requests, by model.",
+            ),
+        ),
+    )
 
 
 def reward_section(found: Findings) -> Section:
@@ -149,21 +198,34 @@ def reward_section(found: Findings) -> Section:
         bars |= {"two labelers": reward.agreement, "best possible": reward.attainable.at_most}
     if reward.held_out_labelers is not None:
         bars["on held-out labelers"] = reward.held_out_labelers
-    bars |= {f"labelers: {name.replace('_', ' ')}": measure for name, measure in reward.by_group.items() if len(reward.by_group) > 1}
+    bars |= {
+        f"labelers: {name.replace('_', ' ')}": measure
+        for name, measure in reward.by_group.items()
+        if len(reward.by_group) > 1
+    }
     bins = [one for one in reward.calibration.bins if one.observed.n > 0]
     gaps = {name: measure for name, measure in reward.by_gap.items() if measure.n > 0}
     return Section(
         "Can the reward model tell?",
-        ("Share of pairs, on prompts that it never saw, in which the completion that a labeler ranked higher has the higher "
-         "score. Labelers themselves agree only so often, which bounds what any model can reach.",
-         f"Expected calibration error {reward.calibration.expected_error}, Brier score {reward.calibration.brier}."),
-        figures=(
-            Figure("Pair accuracy", figures.agreement_bars(bars), "Accuracy of the reward model beside the labelers' agreement."),
-            Figure("Reliability", figures.reliability(bins), "Predicted against observed preference with counts."),
-            Figure("Accuracy by score gap", figures.accuracy_by_gap(gaps, agreement=reward.agreement),
-                   "Accuracy for pairs of small and large score difference, in logits."),
+        (
+            "Share of pairs, on prompts that it never saw, in which the completion that a labeler ranked higher has the higher "
+            "score. Labelers themselves agree only so often, which bounds what any model can reach.",
+            f"Expected calibration error {reward.calibration.expected_error}, Brier score {reward.calibration.brier}.",
         ),
-    )  # fmt: skip
+        figures=(
+            Figure(
+                "Pair accuracy",
+                figures.agreement_bars(bars),
+                "Accuracy of the reward model beside the labelers' agreement.",
+            ),
+            Figure("Reliability", figures.reliability(bins), "Predicted against observed preference with counts."),
+            Figure(
+                "Accuracy by score gap",
+                figures.accuracy_by_gap(gaps, agreement=reward.agreement),
+                "Accuracy for pairs of small and large score difference, in logits.",
+            ),
+        ),
+    )
 
 
 def training_section(run: Run, found: Findings) -> Section | None:
@@ -172,22 +234,38 @@ def training_section(run: Run, found: Findings) -> Section | None:
     if not rows:
         return None
     steps = [row["step"] for row in rows]
-    shown = (("KL to the start", "kl", "nats"), ("Score (proxy)", "score", "logits"), ("Gold score", "gold", ""),
-             ("Length", "length", "tokens"), ("Entropy", "entropy", "nats per token"), ("Clip fraction", "clip_fraction", ""))  # fmt: skip
+    shown = (
+        ("KL to the start", "kl", "nats"),
+        ("Score (proxy)", "score", "logits"),
+        ("Gold score", "gold", ""),
+        ("Length", "length", "tokens"),
+        ("Entropy", "entropy", "nats per token"),
+        ("Clip fraction", "clip_fraction", ""),
+    )
     panels = [
-        Panel(title, [Line("policy", steps, [row.get(key) for row in rows])], unit) for title, key, unit in shown if key in rows[0]
+        Panel(title, [Line("policy", steps, [row.get(key) for row in rows])], unit)
+        for title, key, unit in shown
+        if key in rows[0]
     ]
-    drawn = [Figure("PPO, iteration by iteration", figures.training_curves(panels), "KL, score, gold score, length and entropy over iterations.")]
+    drawn = [
+        Figure(
+            "PPO, iteration by iteration",
+            figures.training_curves(panels),
+            "KL, score, gold score, length and entropy over iterations.",
+        )
+    ]
     if found.best_of_n is not None:
         drawn.append(_best_of_n_figure(found))
     if "gold" in rows[0]:
         drawn.append(_rl_figure(rows, found.fits.get("rl")))
     return Section(
         "What did reinforcement learning do?",
-        ("The policy climbs the reward model's score (the proxy) and pays for moving away from where it started. If the gold "
-         "score turns down while the proxy still rises, the reward model is being exploited (Gao et al. 2022).",),
+        (
+            "The policy climbs the reward model's score (the proxy) and pays for moving away from where it started. If the gold "
+            "score turns down while the proxy still rises, the reward model is being exploited (Gao et al. 2022).",
+        ),
         figures=tuple(drawn),
-    )  # fmt: skip
+    )
 
 
 def _plain(value: float, n: int) -> Measure:
@@ -204,9 +282,11 @@ def _rl_figure(rows: Sequence[dict[str, float]], fit: GoldFit | None) -> Figure:
     proxy = [_plain((row["score"] - start["score"]) * most / spread, 1) for row in moved]
     curves = [ScoreCurve("proxy", distances, proxy), ScoreCurve("gold", distances, gold, _fitted(fit, distances))]
     return Figure(
-        "PPO: proxy and gold against distance", figures.overoptimization(curves),
-        "Gains in proxy (scaled to the height of gold) and gold score against the square root of KL.", _coefficients(fit),
-    )  # fmt: skip
+        "PPO: proxy and gold against distance",
+        figures.overoptimization(curves),
+        "Gains in proxy (scaled to the height of gold) and gold score against the square root of KL.",
+        _coefficients(fit),
+    )
 
 
 def _best_of_n_figure(found: Findings) -> Figure:
@@ -214,16 +294,23 @@ def _best_of_n_figure(found: Findings) -> Figure:
     points = found.best_of_n.points
     distances = [math.sqrt(point.kl) for point in points]
     first, scale = points[0], 1.0
-    rises = [((point.proxy.value or 0) - (first.proxy.value or 0), (point.gold.value or 0) - (first.gold.value or 0)) for point in points]
-    scale = max((abs(gold) for _, gold in rises), default=1.0) / (max((abs(proxy) for proxy, _ in rises), default=1.0) or 1.0)
+    rises = [
+        ((point.proxy.value or 0) - (first.proxy.value or 0), (point.gold.value or 0) - (first.gold.value or 0))
+        for point in points
+    ]
+    scale = max((abs(gold) for _, gold in rises), default=1.0) / (
+        max((abs(proxy) for proxy, _ in rises), default=1.0) or 1.0
+    )
     proxy = [_plain(rise * scale, point.proxy.n) for (rise, _), point in zip(rises, points, strict=True)]
     gold = [_shift(point.gold, first.gold) for point in points]
     fit = found.fits.get("best_of_n")
     curves = [ScoreCurve("proxy", distances, proxy), ScoreCurve("gold", distances, gold, _fitted(fit, distances))]
     return Figure(
-        "Best of n by the reward model", figures.overoptimization(curves),
-        "Gains of best of n over one sample, for n up to the number drawn.", _coefficients(fit),
-    )  # fmt: skip
+        "Best of n by the reward model",
+        figures.overoptimization(curves),
+        "Gains of best of n over one sample, for n up to the number drawn.",
+        _coefficients(fit),
+    )
 
 
 def _shift(measure: Measure, origin: Measure) -> Measure:
@@ -253,19 +340,26 @@ def _coefficients(fit: GoldFit | None) -> str:
 
 def tax_section(report: Report) -> Section:
     """Return pretraining loss and capabilities before and after."""
-    names = [name for name in ("base", "sft", "policy", "policy_without_ptx") if f"pretraining_loss/{name}" in report.metrics]
+    names = [
+        name for name in ("base", "sft", "policy", "policy_without_ptx") if f"pretraining_loss/{name}" in report.metrics
+    ]
     probes = sorted({key.split("/")[1] for key in report.metrics if key.startswith("capability/")})
-    rows = [DotRow(probe.replace("_", " "), {NAMES[name]: report.metrics[f"capability/{probe}/{name}"] for name in names}) for probe in probes]
+    rows = [
+        DotRow(probe.replace("_", " "), {NAMES[name]: report.metrics[f"capability/{probe}/{name}"] for name in names})
+        for probe in probes
+    ]
     losses = [DotRow("pretraining loss", {NAMES[name]: report.metrics[f"pretraining_loss/{name}"] for name in names})]
     return Section(
         "What did alignment cost?",
-        ("Loss on the pretraining corpus and what the model can still do in plain text, before and after. The pretraining mix "
-         "(ptx) is there to keep this cost small.",),
+        (
+            "Loss on the pretraining corpus and what the model can still do in plain text, before and after. The pretraining mix "
+            "(ptx) is there to keep this cost small.",
+        ),
         figures=(
             Figure("Pretraining loss", figures.before_after(losses, "base"), "Loss of each model on corpus text."),
             Figure("Capabilities", figures.before_after(rows, "base"), "Pass rate of each probe by model."),
         ),
-    )  # fmt: skip
+    )
 
 
 def transcript_section(run: Run, outcome: Outcome, found: Findings) -> Section:
@@ -273,7 +367,11 @@ def transcript_section(run: Run, outcome: Outcome, found: Findings) -> Section:
     prompts = outcome.pools.test_prompts
     names = [name for name in ("base", "larger_base", "sft", "policy") if name in found.answers]
     texts = {name: found.answers[name].sampled for name in names}
-    scores = dict.fromkeys(names, [None] * len(prompts)) if not found.graded else {n: [overall(g) for g in found.graded[n].grades] for n in names}
+    scores = (
+        dict.fromkeys(names, [None] * len(prompts))
+        if not found.graded
+        else {n: [overall(g) for g in found.graded[n].grades] for n in names}
+    )
     if not found.graded and outcome.scorer is not None:
         scores = {name: list(outcome.scorer(prompts, texts[name])) for name in names}
     target = scores.get("policy") or scores[names[-1]]
@@ -282,7 +380,10 @@ def transcript_section(run: Run, outcome: Outcome, found: Findings) -> Section:
         Transcript(
             choice.label,
             prompts[choice.item].messages,
-            tuple(ScoredCompletion(NAMES[name], texts[name][choice.item].text, {label: scores[name][choice.item]}) for name in names),
+            tuple(
+                ScoredCompletion(NAMES[name], texts[name][choice.item].text, {label: scores[name][choice.item]})
+                for name in names
+            ),
         )
         for choice in choose_transcripts(target, run.seed)
     ]
@@ -297,10 +398,13 @@ def data_section(outcome: Outcome, people: WorldConfig) -> Section:
     """Return what went in, what was dropped and, for the built-in world, how the simulated people go wrong."""
     pools = outcome.pools
     counts = (
-        ("demonstrations", len(pools.demonstrations)), ("comparisons", len(outcome.comparisons)), ("prompts for RL", len(pools.rl_prompts)),
-        ("validation prompts", len(pools.valid_prompts)), ("test prompts", len(pools.test_prompts)),
+        ("demonstrations", len(pools.demonstrations)),
+        ("comparisons", len(outcome.comparisons)),
+        ("prompts for RL", len(pools.rl_prompts)),
+        ("validation prompts", len(pools.valid_prompts)),
+        ("test prompts", len(pools.test_prompts)),
         *((f"dropped: {reason}", count) for reason, count in pools.dropped.items()),
-    )  # fmt: skip
+    )
     tables = [Table(("what", "number"), counts, "Data of this run; every prompt group (user) stands on one side only.")]
     text = list(outcome.skipped)
     if outcome.world is not None:
@@ -308,7 +412,14 @@ def data_section(outcome: Outcome, people: WorldConfig) -> Section:
             "Everybody here is simulated. Demonstrators are uneven on purpose: with clean demonstrations supervised learning "
             "alone would learn to decline and to keep to constraints, and feedback would have nothing to add."
         )
-        for caption, config in (("How demonstrators go wrong.", people.demonstrators), ("How labelers go wrong.", people.labelers)):
-            rows = tuple((name.replace("_", " "), value) for name, value in config.model_dump().items() if isinstance(value, int | float))
+        for caption, config in (
+            ("How demonstrators go wrong.", people.demonstrators),
+            ("How labelers go wrong.", people.labelers),
+        ):
+            rows = tuple(
+                (name.replace("_", " "), value)
+                for name, value in config.model_dump().items()
+                if isinstance(value, int | float)
+            )
             tables.append(Table(("setting", "value"), rows, caption))
     return Section("What went in?", tuple(text), tables=tuple(tables))

@@ -19,6 +19,7 @@ Legend: E episodes of an iteration, T tokens of the longest completion, N sample
 import sys
 import time
 from collections.abc import Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -358,10 +359,10 @@ def _score_metrics(
     """Return what is logged of scores, gold scores and how completions ended; here the gold scorer is asked."""
     known = moments_of(torch.tensor(scores))
     metrics = {"score": known.mean, "score_std": known.std, "num_scores": len(scores)}
-    metrics["charged_score"] = _mean(charged)
+    metrics["charged_score"] = fmean(charged)
     if setting.score_range is not None:
         low, high = setting.score_range
-        metrics["score_outside_range"] = _mean([float(not low <= score <= high) for score in scores])
+        metrics["score_outside_range"] = fmean([float(not low <= score <= high) for score in scores])
     if setting.gold is not None:
         what = f"{where}: the gold scorer"
         golds = torch.tensor(
@@ -397,7 +398,3 @@ def _rollout_metrics(
         "value": moments_of(targets.old_values, mask).mean,
         "explained_variance": explained_variance(targets.old_values, targets.returns, mask),
     }
-
-
-def _mean(numbers: Sequence[float]) -> float:
-    return sum(numbers) / len(numbers)

@@ -7,6 +7,7 @@ Legend: E episodes of an iteration, T tokens of the longest completion, N sample
 """
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from qinglan.core.errors import InputError
 from qinglan.core.rng import permutation
-from qinglan.data.batch import make_batches
+from qinglan.learn.batch import make_batches
 from qinglan.learn.checks import check_ratio
 from qinglan.learn.optimize import (
     check_finite,
@@ -151,11 +152,11 @@ def update(
                 value_norms.append(_gradient_norm(value.model, config, "the value model's gradient", where))
             _take_step(learners, config)
             tally = tally.add(found)
-    metrics |= tally.means() | {"grad_norm": _mean(policy_norms)}
+    metrics |= tally.means() | {"grad_norm": fmean(policy_norms)}
     if value is not None:
-        metrics["value_grad_norm"] = _mean(value_norms)
+        metrics["value_grad_norm"] = fmean(value_norms)
     if ptx_losses:
-        metrics["ptx_loss"] = _mean(ptx_losses)
+        metrics["ptx_loss"] = fmean(ptx_losses)
     return metrics
 
 
@@ -246,7 +247,3 @@ def _take_step(learners: Learners, config: PPOConfig) -> None:
         for name, parameter in learners.policy.model.named_parameters():
             if learners.average:  # average = decay * average + (1 - decay) * weights
                 learners.average[f"average.model.{name}"].lerp_(parameter, 1 - config.ema_decay)
-
-
-def _mean(numbers: Sequence[float]) -> float:
-    return sum(numbers) / len(numbers)

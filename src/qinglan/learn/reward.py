@@ -25,7 +25,7 @@ from qinglan.core.errors import InputError, nearest
 from qinglan.core.records import ComparisonGroup, Demonstrated, Pair, Source, pairs_of
 from qinglan.core.rng import permutation, stream_seed
 from qinglan.core.run import Stage
-from qinglan.data.batch import make_batches
+from qinglan.learn.batch import make_batches
 from qinglan.learn.encode import encode_completion
 from qinglan.learn.losses import PairTargets, group_ranking_loss
 from qinglan.learn.optimize import (

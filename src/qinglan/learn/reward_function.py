@@ -26,7 +26,9 @@ def load_reward_function(name: str) -> Scorer:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise InputError(f"--reward {name}: {error}; run the command where {module_name}.py lies, or install it") from error
+        raise InputError(
+            f"--reward {name}: {error}; run the command where {module_name}.py lies, or install it"
+        ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise InputError(f"--reward {name}: {module_name} has no function {function_name}")

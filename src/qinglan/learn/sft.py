@@ -25,7 +25,7 @@ from qinglan.core.errors import InputError
 from qinglan.core.records import Demonstrated
 from qinglan.core.rng import permutation, stream_seed
 from qinglan.core.run import Stage
-from qinglan.data.batch import make_batches
+from qinglan.learn.batch import make_batches
 from qinglan.learn.dropout import residual_dropout
 from qinglan.learn.encode import encode_completion
 from qinglan.learn.losses import cross_entropy

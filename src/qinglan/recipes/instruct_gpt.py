@@ -11,8 +11,8 @@ Your own model:     qinglan instruct-gpt --model DIR --demonstrations F --compar
 Expected numbers with their spread stand in docs/results.md.
 """
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from qinglan.cli import CommandResult, Options
 from qinglan.core.device import Device, prepare_process
@@ -22,6 +22,7 @@ from qinglan.core.run import Run, Stage
 from qinglan.data.load import load_comparisons
 from qinglan.data.pools import Pools, pools_from_files
 from qinglan.data.write import write_comparisons
+from qinglan.evals.alignment import mean_score, range_of
 from qinglan.evals.instruct_gpt import Outcome, headline_of, measure_all
 from qinglan.evals.instruct_gpt_page import draw_page
 from qinglan.evals.report import write_page
@@ -31,7 +32,7 @@ from qinglan.learn.reward import train_reward_model
 from qinglan.learn.reward_function import load_reward_function
 from qinglan.learn.sft import PretrainSource, train_sft
 from qinglan.models.chat import make_chat_format
-from qinglan.models.generate import SamplingConfig, sample_completions
+from qinglan.models.generate import sample_completions
 from qinglan.models.heads import as_scorer
 from qinglan.models.language_model import LanguageModel, load_language_model
 from qinglan.recipes.instruct_gpt_config import InstructGPTConfig
@@ -49,99 +50,136 @@ def quickstart(config: InstructGPTConfig, options: Options) -> CommandResult:
     return main(config, options._replace(out=options.out or Path("runs/quickstart")))
 
 
+class Data(NamedTuple):
+    """What a run learns from; the answer key and the corpus are None for files of one's own."""
+
+    pools: Pools
+    world: World | None
+    pretrain: PretrainSource | None
+    files: dict[str, Path]
+
+
 def main(config: InstructGPTConfig, options: Options) -> CommandResult:
-    """Run the whole pipeline; stages without data are skipped and said so."""
+    """Run the whole pipeline, then measure and report; stages without data are skipped and said so."""
     prepare_process()
-    out, seed = options.out or Path("runs/instruct-gpt"), options.seed
     device = Device.detect(config.device)
     base = load_language_model(resolve_model(config.model), device, template=config.template)
-    run = Run.open(out, config, seed=seed, recipe="instruct-gpt", resume=options.resume)
+    larger = None if config.larger_model is None else load_language_model(resolve_model(config.larger_model), device)
+    data = gather(config, base, options.seed)
+    out = options.out or Path("runs/instruct-gpt")
+    with Run.open(out, config, seed=options.seed, recipe="instruct-gpt", resume=options.resume) as run:
+        for name, path in data.files.items():
+            run.add_input(name, path)
+        outcome = align(config, run, base, data)
+        if data.world is not None:
+            outcome = outcome._replace(larger=larger)
+        report, found = measure_all(run, outcome, config.world, config.sampling, config.measure)
+        write_page(run.dir / "report.html", draw_page(run, report, outcome, found, config.world))
+    return CommandResult(f"{headline_of(report)}\n{out / 'report.html'}", report.to_json())
 
-    # Data: the answer key (`world`) is None for files of one's own
-    pools, world, pretrain = gather(config, run, base, seed)
-    skipped = []
+
+def align(config: InstructGPTConfig, run: Run, base: LanguageModel, data: Data) -> Outcome:
+    """Train everything, from the base model to the policy."""
+    pools, world, pretrain, seed, skipped = data.pools, data.world, data.pretrain, run.seed, []
 
     # Student: the policy that PPO starts from, and its reference
-    start, stage = base, run.stage("start", config.start, config.model, run.inputs, config.world)
+    start, stage = base, run.stage("start", config.start, config.model, run.inputs, config.world, config.hygiene)
     if pools.demonstrations:
         mix = config.start if pretrain else config.start.model_copy(update={"pretrain_fraction": 0.0})
         start = train_sft(base, pools.demonstrations, mix, stage=stage, seed=seed, pretrain=pretrain)
         stage.finish()
     else:
-        skipped.append("SFT: no demonstrations; PPO starts from the base model")
+        skipped.append("SFT: no demonstrations; PPO starts from the base model.")
 
     # Supervisor: labelers rank K completions of each prompt (built-in world), or the file's comparisons
     comparisons = pools.comparisons
     if world is not None:
-        comparisons = ranked_completions(config, start, pools, world, run.stage("comparisons", stage, config.world), seed)
+        ranking = run.stage("comparisons", stage, config.world, config.sampling)
+        comparisons = ranked_completions(config, start, pools, world, ranking, seed)
 
-    # Learn: reward model, baseline, policy
-    reward_model, scorer = None, None
+    # Learn 1: the reward model
+    reward_model, scorer, score_range = None, None, None
     if comparisons:
         stage = run.stage("reward_model", config.reward_model, stage, [group.comparison.id for group in comparisons])
-        valid, shown = pools.held_out_comparisons[:200], pools.demonstrations
         reward_model = train_reward_model(
-            base, comparisons, config.reward_model, stage=stage, seed=seed, valid=valid, demonstrations=shown
+            base,
+            comparisons,
+            config.reward_model,
+            stage=stage,
+            seed=seed,
+            valid=pools.held_out_comparisons[:200],
+            demonstrations=pools.demonstrations,
         )
         stage.finish()
         scorer = as_scorer(reward_model)
-    if config.reward is not None:
-        scorer = load_reward_function(config.reward)
+        score_range = range_of(scorer, comparisons)
+    else:
+        skipped.append("Reward model: no comparisons.")
+    scorer = load_reward_function(config.reward) if config.reward is not None else scorer
+
+    # Learn 2: the SFT baseline; the reward model chooses its checkpoint
     baseline = start
     if pools.demonstrations:
         baseline_stage = run.stage("baseline", config.baseline, stage, config.reward)
         select = None if scorer is None else mean_score(scorer, pools.valid_prompts, config.sampling, seed)
-        baseline = train_sft(base, pools.demonstrations, config.baseline, stage=baseline_stage, seed=seed, select=select)
+        baseline = train_sft(
+            base, pools.demonstrations, config.baseline, stage=baseline_stage, seed=seed, select=select
+        )
         baseline_stage.finish()
-    outcome = Outcome(base, start, baseline, reward_model, pools, comparisons, world, pretrain, skipped)
+    outcome = Outcome(base, start, baseline, reward_model, pools, comparisons, world, pretrain, skipped, scorer)
     if scorer is None:
-        skipped.append("reward model and PPO: no comparisons and no reward function")
-        return finish(run, config, outcome)
-    if reward_model is None:
-        skipped.append("reward model: no comparisons; PPO uses the reward function")
+        skipped.append("PPO: neither comparisons nor a reward function.")
+        return outcome
 
-    def ppo(name: str, settings: PPOConfig, reward: Scorer) -> LanguageModel:
+    # Learn 3: the policy; the same without the pretraining mix; the same against the answer key, as the ceiling
+    def ppo(name: str, settings: PPOConfig, reward: Scorer, seen: tuple[float, float] | None) -> LanguageModel:
         ppo_stage = run.stage(name, settings, stage, config.reward)
         gold = world.gold() if world is not None else None
-        result = train_ppo(start, start, reward, pools.rl_prompts, settings, stage=ppo_stage, seed=seed,
-                           value_start=reward_model, pretrain=pretrain, gold=gold)  # fmt: skip
+        result = train_ppo(
+            start,
+            start,
+            reward,
+            pools.rl_prompts,
+            settings,
+            stage=ppo_stage,
+            seed=seed,
+            value_start=reward_model,
+            pretrain=pretrain,
+            gold=gold,
+            score_range=seen,
+        )
         ppo_stage.finish({"alarms": result.alarms})
         return result.policy
 
     settings = config.ppo if pretrain else config.ppo.model_copy(update={"ptx_coef": 0.0})
-    outcome = outcome._replace(policy=ppo("ppo", settings, scorer), scorer=scorer)
+    outcome = outcome._replace(policy=ppo("ppo", settings, scorer, score_range if config.reward is None else None))
     if world is not None and config.compare_without_ptx and settings.ptx_coef > 0:
-        outcome = outcome._replace(without_ptx=ppo("ppo_without_ptx", settings.model_copy(update={"ptx_coef": 0.0}), scorer))
+        plain = settings.model_copy(update={"ptx_coef": 0.0})
+        outcome = outcome._replace(without_ptx=ppo("ppo_without_ptx", plain, scorer, score_range))
     if world is not None and config.train_ceiling:
-        outcome = outcome._replace(ceiling=ppo("ppo_ceiling", settings, world.gold(scale=TRUTH_SCALE)))
-    if config.larger_model is not None and world is not None:
-        outcome = outcome._replace(larger=load_language_model(resolve_model(config.larger_model), device))
-
-    # Measure: held-out users, entities and wordings; held-out labelers
-    return finish(run, config, outcome)
+        outcome = outcome._replace(ceiling=ppo("ppo_ceiling", settings, world.gold(scale=TRUTH_SCALE), None))
+    return outcome
 
 
 TRUTH_SCALE = 5.0
 """The ceiling's reward: the gold score in [0, 1] times this, about the spread of a reward model's logits."""
 
 
-def gather(config: InstructGPTConfig, run: Run, base: LanguageModel, seed: int) -> tuple[Pools, World | None, PretrainSource | None]:
-    """Return the prompts and feedback, and for the built-in world its answer key and pretraining corpus."""
+def gather(config: InstructGPTConfig, base: LanguageModel, seed: int) -> Data:
+    """Return the prompts and feedback of the user's files, or else of the built-in world."""
 
     def num_tokens(prompt: Prompt) -> int:
         return len(base.chat.prompt_ids(prompt.messages))
 
     files = {"prompts": config.prompts, "demonstrations": config.demonstrations, "comparisons": config.comparisons}
     given = {name: path for name, path in files.items() if path is not None}
-    if not given:
-        data = world_data(config.world, config.hygiene, seed=seed, num_tokens=num_tokens)
-        is_family = base.chat.render_hash == make_chat_format(base_tokenizer()).render_hash
-        corpus = pretraining_sequences(base.tokenizer._tokenizer, seed, max_tokens=96) if is_family else None
-        return data.pools, data.world, corpus
-    for name, path in given.items():
-        run.add_input(name, path)
-    pools = pools_from_files(**files, config=config.hygiene, seed=seed, on_bad=config.on_bad, num_tokens=num_tokens)
-    return pools, None, None
+    if given:
+        pools = pools_from_files(**files, config=config.hygiene, seed=seed, on_bad=config.on_bad, num_tokens=num_tokens)
+        return Data(pools, None, None, given)
+    made = world_data(config.world, config.hygiene, seed=seed, num_tokens=num_tokens)
+    is_family = base.chat.render_hash == make_chat_format(base_tokenizer()).render_hash
+    corpus = pretraining_sequences(base.tokenizer._tokenizer, seed, max_tokens=96) if is_family else None
+    return Data(made.pools, made.world, corpus, {})
 
 
 def ranked_completions(
@@ -150,28 +188,16 @@ def ranked_completions(
     """Sample completions and let labelers rank them with ties; kept in the run as records, like people's own."""
     file = stage.dir / "comparisons.jsonl"
     if not stage.is_done:
-        prompts, people = pools.comparison_prompts, make_labelers(config.world.num_labelers, config.world.labelers, seed)
-        samples = sample_completions(policy, prompts, config.sampling, seed=stream_seed(seed, "to rank"), num_samples=config.world.max_ranked)
+        prompts, people = (
+            pools.comparison_prompts,
+            make_labelers(config.world.num_labelers, config.world.labelers, seed),
+        )
+        samples = sample_completions(
+            policy, prompts, config.sampling, seed=stream_seed(seed, "to rank"), num_samples=config.world.max_ranked
+        )
         shown = candidates_to_rank(prompts, samples, config.world, seed)
         judged = rank_all(people, prompts, shown, quality_of(world), seed=seed, overlap=config.world.overlap)
         by_prompt = {prompt.id: (prompt, tuple(ranked)) for prompt, ranked in zip(prompts, shown, strict=True)}
         write_comparisons(file, [ComparisonGroup(*by_prompt[one.prompt_id], one) for one in judged])
         stage.finish({"comparisons": len(judged)})
     return load_comparisons(file).records
-
-
-def mean_score(scorer: Scorer, prompts: list[Prompt], sampling: SamplingConfig, seed: int) -> Callable[[LanguageModel], float]:
-    """Return the function that scores a model by the mean score of its completions of `prompts`."""
-
-    def select(lm: LanguageModel) -> float:
-        drawn = [row[0] for row in sample_completions(lm, prompts, sampling, seed=stream_seed(seed, "select"))]
-        return sum(scorer(prompts, drawn)) / len(drawn)
-
-    return select
-
-
-def finish(run: Run, config: InstructGPTConfig, outcome: Outcome) -> CommandResult:
-    """Measure, write report.json and report.html, and return the headline."""
-    report, found = measure_all(run, outcome, config.world, config.sampling, config.measure)
-    write_page(run.dir / "report.html", draw_page(run, report, outcome, found, config.world))
-    return CommandResult(f"{headline_of(report)}\n{run.dir / 'report.html'}", report.to_json())

@@ -60,17 +60,41 @@ class InstructGPTConfig(Config):
     @classmethod
     def presets(cls) -> dict[str, "InstructGPTConfig"]:
         """Return the presets by scale; the first is the default."""
-        tiny_world = WorldConfig(num_demonstrations=24, num_comparison_prompts=16, num_rl_prompts=32, num_valid_prompts=8,
-                                 num_test_prompts=30, num_labelers=4, num_held_out_labelers=3)  # fmt: skip
-        tiny_ppo = PPOConfig(sampling=SamplingConfig(max_new_tokens=16), num_iterations=3, episodes_per_iteration=16,
-                             minibatch_episodes=8, ptx_coef=1.0, ptx_ratio=1)  # fmt: skip
+        tiny_world = WorldConfig(
+            num_demonstrations=24,
+            num_comparison_prompts=16,
+            num_rl_prompts=32,
+            num_valid_prompts=8,
+            num_test_prompts=30,
+            num_labelers=4,
+            num_held_out_labelers=3,
+        )
+        tiny_ppo = PPOConfig(
+            sampling=SamplingConfig(max_new_tokens=16),
+            num_iterations=3,
+            episodes_per_iteration=16,
+            minibatch_episodes=8,
+            ptx_coef=1.0,
+            ptx_ratio=1,
+        )
         tiny = cls(
-            model="nano", larger_model="micro", world=tiny_world, ppo=tiny_ppo, sampling=SamplingConfig(max_new_tokens=16),
-            start=SFTConfig(num_epochs=1, pretrain_fraction=0.1), baseline=SFTConfig(num_epochs=2, dropout=0.2),
-            measure=MeasureConfig(best_of_n_samples=4, num_best_of_n_prompts=8, num_pretraining_documents=20, num_probe_items=5),
-        )  # fmt: skip
+            model="nano",
+            larger_model="micro",
+            world=tiny_world,
+            ppo=tiny_ppo,
+            sampling=SamplingConfig(max_new_tokens=16),
+            start=SFTConfig(num_epochs=1, pretrain_fraction=0.1),
+            baseline=SFTConfig(num_epochs=2, dropout=0.2),
+            measure=MeasureConfig(
+                best_of_n_samples=4, num_best_of_n_prompts=8, num_pretraining_documents=20, num_probe_items=5
+            ),
+        )
         paper = cls(
-            start=SFTConfig.paper_ppo_start(), baseline=SFTConfig.paper_baseline(), reward_model=RewardConfig.paper(),
-            ppo=PPOConfig.paper(), hygiene=PromptConfig(), sampling=SamplingConfig(max_new_tokens=1024),
-        )  # fmt: skip
+            start=SFTConfig.paper_ppo_start(),
+            baseline=SFTConfig.paper_baseline(),
+            reward_model=RewardConfig.paper(),
+            ppo=PPOConfig.paper(),
+            hygiene=PromptConfig(),
+            sampling=SamplingConfig(max_new_tokens=1024),
+        )
         return {"small": cls(), "tiny": tiny, "paper": paper}

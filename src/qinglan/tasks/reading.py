@@ -6,7 +6,7 @@ reading of a sceptic with a small vocabulary: paraphrases are tolerated where pa
 
 import re
 from collections.abc import Iterator, Sequence, Set
-from functools import cache
+from functools import cache, lru_cache
 
 from qinglan.tasks import lexicon as lx
 
@@ -95,8 +95,7 @@ def mentioned(text: str, pool: Sequence[str]) -> list[str]:
 
 def claimed(text: str, pool: Sequence[str]) -> list[str]:
     """Return the members that a text names outside questions and without denying them ("it is not bread" does)."""
-    stated = " ".join(part for part in sentences(text) if not part.rstrip().endswith("?"))
-    return list(dict.fromkeys(member for member, is_denied in _mentions(stated, pool) if not is_denied))
+    return list(dict.fromkeys(member for member, is_denied in _mentions(_stated(text), pool) if not is_denied))
 
 
 def denied(text: str, pool: Sequence[str]) -> list[str]:
@@ -106,7 +105,7 @@ def denied(text: str, pool: Sequence[str]) -> list[str]:
 
 def _mentions(text: str, pool: Sequence[str]) -> Iterator[tuple[str, bool]]:
     seen = _by_lower_case(tuple(pool))
-    tokens = [_bare(token) for token in WORD_OR_STOP.findall(text.replace("’", "'"))]
+    tokens = _tokens(text)
     reach = 0
     for place, token in enumerate(tokens):
         if token in DENYING:
@@ -115,9 +114,19 @@ def _mentions(text: str, pool: Sequence[str]) -> Iterator[tuple[str, bool]]:
             reach = 0
         reach = max(0, reach - 1)
         member = _member(token, seen)
-        is_counting = not (token == "one" and tokens[place + 1 : place + 2] == ["day"])
+        is_counting = not (token == "one" and tokens[place + 1 : place + 2] == ("day",))
         if member is not None and is_counting:
             yield member, reach > 0
+
+
+@lru_cache(maxsize=256)  # graders look for many pools in one text
+def _stated(text: str) -> str:
+    return " ".join(part for part in sentences(text) if not part.rstrip().endswith("?"))
+
+
+@lru_cache(maxsize=256)
+def _tokens(text: str) -> tuple[str, ...]:
+    return tuple(_bare(token) for token in WORD_OR_STOP.findall(text.replace("’", "'")))
 
 
 @cache

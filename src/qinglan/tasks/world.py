@@ -252,6 +252,7 @@ def value_of() -> dict[tuple[str, str], str]:
     return {(fact.entity, fact.relation.name): fact.value for fact in facts()}
 
 
+@cache
 def is_held_out(entity: str) -> bool:
     """True for every fifth entity: asked about in test prompts only."""
     return stream_seed(0, "held out", entity) % 5 == 0

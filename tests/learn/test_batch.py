@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qinglan.core.errors import InputError
-from qinglan.data.batch import make_batches
+from qinglan.learn.batch import make_batches
 from qinglan.models.language_model import (
     TokenSequence,
     completion_logprobs,
