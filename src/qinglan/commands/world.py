@@ -87,7 +87,7 @@ class PretrainCommand(Config):
 
 
 def pretrain_sizes(config: PretrainCommand, options: Options) -> CommandResult:
-    """Pretrain each size in a folder of its own below `--out`; finished sizes are kept, stopped ones go on with --resume."""
+    """Pretrain each size in a folder below `--out`; finished ones are kept, stopped ones go on by --resume."""
     for size in config.sizes:
         size_of(size)
     prepare_process()
@@ -108,7 +108,8 @@ def pretrain_sizes(config: PretrainCommand, options: Options) -> CommandResult:
         measures = probe_capabilities(lm, num_items=config.num_probe_items, seed=options.seed)
         if config.ship:
             rates = {name: measure._asdict() for name, measure in measures.items()}
-            command = f"qinglan world pretrain --sizes {size} --training.num-tokens {config.training.num_tokens} --seed {options.seed}"
+            tokens = config.training.num_tokens
+            command = f"qinglan world pretrain --sizes {size} --training.num-tokens {tokens} --seed {options.seed}"
             lines.append(f"shipped to {ship(out, size, command=command, probes=rates)}")
         lines += [f"{size}:", *_rows(measures)]
         data[size] = {name: measure._asdict() for name, measure in measures.items()}

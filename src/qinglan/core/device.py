@@ -39,7 +39,7 @@ class Device(NamedTuple):
 
 
 def prepare_process() -> None:
-    """Use every core this process may run on (`OMP_NUM_THREADS` still wins); progress is ours to show, not transformers'."""
+    """Use every core this process may run on (`OMP_NUM_THREADS` still wins); progress is ours to show."""
     transformers_logging.disable_progress_bar()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -176,7 +176,7 @@ class Pair(NamedTuple):
 
 
 def pairs_of(label: Ranking | PreferenceProbability, ties: Literal["drop", "half"] = "drop") -> list[Pair]:
-    """Return the pairs that a label decides, best first; tied pairs are dropped or get probability 0.5 (option "half")."""
+    """Return the pairs that a label decides, best first; ties are dropped or get probability 0.5 ("half")."""
     if isinstance(label, PreferenceProbability):
         return [Pair(0, 1, label.p_first_better)]
     place = {item: rank for rank, group in enumerate(label.groups) for item in group}
@@ -196,4 +196,4 @@ def record_id(kind: str, *parts: object) -> str:
 
 
 Scorer = Callable[[Sequence[Prompt], Sequence[Completion]], list[float]]
-"""Reward model, judge, grader or gold score: one number for each (prompt, completion); NaN means "could not be scored"."""
+"""Reward model, judge, grader or gold score: one number for each (prompt, completion); NaN is "could not be scored"."""

@@ -1,8 +1,9 @@
 """A run's folder: configuration, lineage, metrics, samples, stages that are reused, and the report.
 
 `runs/<name>/` holds config.yaml, lineage.json, metrics.jsonl, samples.jsonl, report.json, report.html and
-`stages/<stage>/`. A stage is finished when its `done.json` is there; it is reused while its configuration's hash and its
-inputs' hashes are the same. A training stage killed midway resumes from its own checkpoints (`learn/optimize.py`).
+`stages/<stage>/`. A stage is finished when its `done.json` is there; it is reused while the hashes of its
+configuration and inputs are the same. A training stage killed midway resumes from its own
+checkpoints (`learn/optimize.py`).
 """
 
 import fcntl
@@ -125,7 +126,7 @@ class Stage(NamedTuple):
 
 
 class Run:
-    """An open run folder, until the end of its `with` block or of the process; no two processes have it open at once."""
+    """An open run folder, until the end of its `with` block or of the process; one process at a time."""
 
     def __init__(self, directory: Path, config: Config, seed: int, recipe: str, quiet: bool = False) -> None:
         self.dir = Path(directory)
@@ -228,7 +229,7 @@ class Run:
         return read_json(self.dir / "stages" / stage / "done.json")["result"]
 
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
-        """Append one line of metrics; a step that is logged again after a resume replaces the earlier line on reading."""
+        """Append one line of metrics; on reading, a step logged again after a resume replaces the earlier line."""
         line = json.dumps({"stage": stage, "step": step, **metrics})
         with (self.dir / "metrics.jsonl").open("a", encoding="utf-8") as out:
             out.write(line + "\n")
@@ -249,7 +250,7 @@ class Run:
         return [rows[step] for step in sorted(rows)]
 
     def elapsed(self) -> float:
-        """Return seconds since the run was opened, added to those of earlier openings up to their last finished stage."""
+        """Return seconds since the run was opened, added to those of earlier openings up to a finished stage."""
         return self.earlier_seconds + time.monotonic() - self.started
 
     def save_clock(self) -> None:

@@ -1,4 +1,4 @@
-"""What a base model can do: the pass rate of every probe of the built-in world (`tasks/probes.py`), greedily decoded."""
+"""What a base model can do: rates of every probe of the built-in world (`tasks/probes.py`), decoded greedily."""
 
 from qinglan.core.run import Measure
 from qinglan.evals.metrics import mean_with_interval

@@ -246,7 +246,7 @@ def measure_on_world(
     for name in graded:
         measured.update(rates(graded[name], name, seed))
         measured.update({f"{key}_greedy": value for key, value in rates(greedy[name], name, seed).items()})
-    battles = {}
+    battles: dict[str, HeadToHead] = {}
     if outcome.policy is not None:
         policy = found.answers["policy"]
         for other in [name for name in ("sft", "base", "larger_base", "policy_without_ptx") if name in found.answers]:
@@ -263,8 +263,10 @@ def measure_on_world(
         rows["student"] = measured["gold_score/policy"]
     if "ceiling" in graded and "policy" in graded:
         rows["ceiling"] = measured["gold_score/ceiling"]
-        golds = [graded[name].gold for name in ("sft", "policy", "ceiling")]
-        rows["gap_recovered"] = metrics.performance_gap_recovered(*golds, graded["sft"].groups, seed=seed)
+        floor, student, ceiling = (graded[name].gold for name in ("sft", "policy", "ceiling"))
+        rows["gap_recovered"] = metrics.performance_gap_recovered(
+            floor, student, ceiling, graded["sft"].groups, seed=seed
+        )
     unscored = sum(battle.unscored for battle in battles.values())
     return found._replace(graded=graded, battles=battles, rows=rows, unscored=unscored)
 
@@ -306,7 +308,7 @@ def measure_overoptimization(
 
 
 def measure_by_scorer(found: Findings, outcome: Outcome, scorer: Scorer, seed: int) -> Findings:
-    """Return the findings with the proxy's own view, for runs without an answer key: how it rose, and at what length."""
+    """Return the findings with the proxy's own view, for runs without an answer key: its rise and at what length."""
     prompts = outcome.pools.test_prompts
     for name, both in found.answers.items():
         for kind, completions in (("", both.sampled), ("_greedy", both.greedy)):

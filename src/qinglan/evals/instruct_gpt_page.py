@@ -1,15 +1,12 @@
 """The page of an InstructGPT run: the story of its numbers for someone who has never seen it."""
 
-import math
-from collections.abc import Sequence
-
 from qinglan.core.config import to_yaml
 from qinglan.core.files import read_json
 from qinglan.core.run import Measure, Report, Run
 from qinglan.evals import figures
-from qinglan.evals.figures import DotRow, Line, Panel, ScoreCurve
+from qinglan.evals.figures import DotRow, Line, Panel
 from qinglan.evals.instruct_gpt import Findings, Outcome
-from qinglan.evals.overoptimization import GoldFit
+from qinglan.evals.instruct_gpt_curves import best_of_n_figure, rl_figure
 from qinglan.evals.report import Figure, Page, ScoredCompletion, Section, Table, Transcript, choose_transcripts
 from qinglan.tasks.assistant import TASKS, WEIGHTS, overall
 from qinglan.tasks.assistant_data import WorldConfig
@@ -57,7 +54,8 @@ def draw_page(run: Run, report: Report, outcome: Outcome, found: Findings, peopl
             "student": "Policy (PPO on rankings)",
             "ceiling": "PPO on the answer key",
         },
-        rows_caption="Mean gold score, 0 to 1, of completions sampled for prompts of held-out users, entities and wordings."
+        rows_caption="Mean gold score, 0 to 1, of completions sampled for prompts of held-out users, "
+        "entities and wordings."
         if on_world
         else "Mean score by the reward model that was trained against: a proxy, not the truth.",
         seconds=report.seconds,
@@ -75,12 +73,14 @@ def verdict(report: Report, on_world: bool) -> tuple[str, ...]:
     sentences = [
         f"Held-out labelers {_prefer(found['win_rate_vs_sft'])} the policy over the supervised model "
         f"({_percent(found['win_rate_vs_sft'])} of prompts).",
-        f"Decoded greedily, they {_prefer(found['win_rate_vs_sft_greedy'])} it in {_percent(found['win_rate_vs_sft_greedy'])}; "
+        f"Decoded greedily, they "
+        f"{_prefer(found['win_rate_vs_sft_greedy'])} it in {_percent(found['win_rate_vs_sft_greedy'])}; "
         f"at equal length in {_percent(found['length_controlled_win_rate_vs_sft'])}.",
     ]
     if "win_rate_vs_larger_base" in found:
         sentences.append(
-            f"Against the larger base model, which was never aligned, the policy wins {_percent(found['win_rate_vs_larger_base'])}."
+            f"Against the larger base model, which was never aligned, the "
+            f"policy wins {_percent(found['win_rate_vs_larger_base'])}."
         )
     for key, what in (
         ("hallucination_rate", "invents"),
@@ -131,8 +131,10 @@ def preference_section(found: Findings) -> Section:
     return Section(
         "Do people prefer it?",
         (
-            "Labelers who never labelled training data compare two completions of the same prompt, in both orders. A win "
-            "counts 1, a tie one half. Completions are drawn at temperature 1, and once more greedily, since part of what RL "
+            "Labelers who never labelled training data compare two completions of the same "
+            "prompt, in both orders. A win "
+            "counts 1, a tie one half. Completions are drawn at temperature 1, and once more "
+            "greedily, since part of what RL "
             "gains by sampling is only a sharper distribution.",
             f"Two of these judges agree on {_percent(battle.judge_agreement)} of the pairs that both decide; "
             f"{_percent(battle.tie_rate)} of the judgements are ties.",
@@ -208,7 +210,8 @@ def reward_section(found: Findings) -> Section:
     return Section(
         "Can the reward model tell?",
         (
-            "Share of pairs, on prompts that it never saw, in which the completion that a labeler ranked higher has the higher "
+            "Share of pairs, on prompts that it never saw, in which the completion that a "
+            "labeler ranked higher has the higher "
             "score. Labelers themselves agree only so often, which bounds what any model can reach.",
             f"Expected calibration error {reward.calibration.expected_error}, Brier score {reward.calibration.brier}.",
         ),
@@ -255,87 +258,18 @@ def training_section(run: Run, found: Findings) -> Section | None:
         )
     ]
     if found.best_of_n is not None:
-        drawn.append(_best_of_n_figure(found))
+        drawn.append(best_of_n_figure(found))
     if "gold" in rows[0]:
-        drawn.append(_rl_figure(rows, found.fits.get("rl")))
+        drawn.append(rl_figure(rows, found.fits.get("rl")))
     return Section(
         "What did reinforcement learning do?",
         (
-            "The policy climbs the reward model's score (the proxy) and pays for moving away from where it started. If the gold "
+            "The policy climbs the reward model's score (the proxy) and pays for moving away "
+            "from where it started. If the gold "
             "score turns down while the proxy still rises, the reward model is being exploited (Gao et al. 2022).",
         ),
         figures=tuple(drawn),
     )
-
-
-def _plain(value: float, n: int) -> Measure:
-    return Measure(value, None, None, n)
-
-
-def _rl_figure(rows: Sequence[dict[str, float]], fit: GoldFit | None) -> Figure:
-    moved = sorted((row for row in rows if row["kl"] > 0), key=lambda row: row["kl"])
-    start = rows[0]
-    distances = [math.sqrt(row["kl"]) for row in moved]
-    gold = [_plain(row["gold"] - start["gold"], 1) for row in moved]
-    spread = max((abs(row["score"] - start["score"]) for row in moved), default=1.0) or 1.0
-    most = max((abs(row["gold"] - start["gold"]) for row in moved), default=1.0)
-    proxy = [_plain((row["score"] - start["score"]) * most / spread, 1) for row in moved]
-    curves = [ScoreCurve("proxy", distances, proxy), ScoreCurve("gold", distances, gold, _fitted(fit, distances))]
-    return Figure(
-        "PPO: proxy and gold against distance",
-        figures.overoptimization(curves),
-        "Gains in proxy (scaled to the height of gold) and gold score against the square root of KL.",
-        _coefficients(fit),
-    )
-
-
-def _best_of_n_figure(found: Findings) -> Figure:
-    assert found.best_of_n is not None
-    points = found.best_of_n.points
-    distances = [math.sqrt(point.kl) for point in points]
-    first, scale = points[0], 1.0
-    rises = [
-        ((point.proxy.value or 0) - (first.proxy.value or 0), (point.gold.value or 0) - (first.gold.value or 0))
-        for point in points
-    ]
-    scale = max((abs(gold) for _, gold in rises), default=1.0) / (
-        max((abs(proxy) for proxy, _ in rises), default=1.0) or 1.0
-    )
-    proxy = [_plain(rise * scale, point.proxy.n) for (rise, _), point in zip(rises, points, strict=True)]
-    gold = [_shift(point.gold, first.gold) for point in points]
-    fit = found.fits.get("best_of_n")
-    curves = [ScoreCurve("proxy", distances, proxy), ScoreCurve("gold", distances, gold, _fitted(fit, distances))]
-    return Figure(
-        "Best of n by the reward model",
-        figures.overoptimization(curves),
-        "Gains of best of n over one sample, for n up to the number drawn.",
-        _coefficients(fit),
-    )
-
-
-def _shift(measure: Measure, origin: Measure) -> Measure:
-    if measure.value is None or origin.value is None:
-        return measure
-    low, high = measure.low, measure.high
-    return measure._replace(
-        value=measure.value - origin.value,
-        low=None if low is None else low - origin.value,
-        high=None if high is None else high - origin.value,
-    )
-
-
-def _fitted(fit: GoldFit | None, distances: Sequence[float]) -> list[tuple[float, float]]:
-    if fit is None or fit.problem or not distances or max(distances) <= 0:
-        return []
-    grid = [max(distances) * (i + 1) / 40 for i in range(40)]
-    return list(zip(grid, fit.predict([d * d for d in grid]).tolist(), strict=True))
-
-
-def _coefficients(fit: GoldFit | None) -> str:
-    if fit is None or fit.problem:
-        return f"No fit: {fit.problem}." if fit is not None else "No fit."
-    form = "d (alpha - beta d)" if fit.form == "best_of_n" else "d (alpha - beta log d)"
-    return f"Gold fitted by {form}: alpha {fit.alpha}, beta {fit.beta}."
 
 
 def tax_section(report: Report) -> Section:
@@ -352,7 +286,8 @@ def tax_section(report: Report) -> Section:
     return Section(
         "What did alignment cost?",
         (
-            "Loss on the pretraining corpus and what the model can still do in plain text, before and after. The pretraining mix "
+            "Loss on the pretraining corpus and what the model can still do in plain text, "
+            "before and after. The pretraining mix "
             "(ptx) is there to keep this cost small.",
         ),
         figures=(
@@ -409,7 +344,8 @@ def data_section(outcome: Outcome, people: WorldConfig) -> Section:
     text = list(outcome.skipped)
     if outcome.world is not None:
         text.append(
-            "Everybody here is simulated. Demonstrators are uneven on purpose: with clean demonstrations supervised learning "
+            "Everybody here is simulated. Demonstrators are uneven on purpose: with clean "
+            "demonstrations supervised learning "
             "alone would learn to decline and to keep to constraints, and feedback would have nothing to add."
         )
         for caption, config in (

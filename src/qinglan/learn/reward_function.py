@@ -1,6 +1,6 @@
 """A reward given as a Python function: `--reward module:function`.
 
-The function takes `prompts` (each a list of {"role", "content"}) and `completions` (texts), and returns one number each.
+The function takes `prompts` (each a list of {"role", "content"}) and `completions` (texts), and gives a number each.
 """
 
 import importlib

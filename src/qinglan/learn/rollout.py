@@ -17,8 +17,8 @@ from qinglan.core.files import write_text
 from qinglan.core.records import Completion, FinishReason, Prompt
 from qinglan.core.rng import permutation
 from qinglan.core.run import Stage
-from qinglan.learn.batch import make_batches
 from qinglan.learn.advantages import pad_rows
+from qinglan.learn.batch import make_batches
 from qinglan.models.generate import SamplingConfig, completion_record, generate
 from qinglan.models.heads import ScalarModel, token_values
 from qinglan.models.language_model import LanguageModel, TokenSequence, completion_logprobs, hidden_states

@@ -1,10 +1,11 @@
-"""InstructGPT (Ouyang et al. 2022): demonstrations -> SFT -> rankings of K completions -> reward model -> PPO, measured.
+"""InstructGPT (Ouyang et al. 2022): demonstrations -> SFT -> rankings of K completions -> reward model -> PPO.
+
 
 Departures from the paper, all of them settings:
 1. models of 0.2M to 2M parameters on a built-in world; people are simulated, their faults printed in the report;
 2. the small preset takes 1 pretraining sequence per episode (paper: 8), a larger learning rate and a larger beta;
 3. the reward model is as large as the policy (paper: 6B for all sizes) and starts from the pretrained model;
-4. what PPO reaches on the answer key itself, with the same settings, is shown as the ceiling.
+4. PPO on the answer key itself, with the same settings, is shown as the ceiling.
 
 One CPU, minutes:   qinglan quickstart            (this recipe, preset small, into runs/quickstart)
 Your own model:     qinglan instruct-gpt --model DIR --demonstrations F --comparisons F --prompts F
@@ -157,12 +158,8 @@ def align(config: InstructGPTConfig, run: Run, base: LanguageModel, data: Data) 
         plain = settings.model_copy(update={"ptx_coef": 0.0})
         outcome = outcome._replace(without_ptx=ppo("ppo_without_ptx", plain, scorer, score_range))
     if world is not None and config.train_ceiling:
-        outcome = outcome._replace(ceiling=ppo("ppo_ceiling", settings, world.gold(scale=TRUTH_SCALE), None))
+        outcome = outcome._replace(ceiling=ppo("ppo_ceiling", settings, world.gold(scale=5.0), None))
     return outcome
-
-
-TRUTH_SCALE = 5.0
-"""The ceiling's reward: the gold score in [0, 1] times this, about the spread of a reward model's logits."""
 
 
 def gather(config: InstructGPTConfig, base: LanguageModel, seed: int) -> Data:

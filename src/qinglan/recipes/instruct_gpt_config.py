@@ -46,9 +46,16 @@ class InstructGPTConfig(Config):
     """PPO's starting point and reference policy (paper, C.3)."""
     baseline: SFTConfig = SFTConfig(num_epochs=16, dropout=0.2, optimizer=OptimizerConfig(learning_rate=5e-4))
     """The SFT baseline; its checkpoint is chosen by reward-model score on validation prompts (paper, C.1)."""
-    reward_model: RewardConfig = RewardConfig()
+    reward_model: RewardConfig = RewardConfig(optimizer=OptimizerConfig(learning_rate=1e-3), batch_size=16)
     """The reward model (paper, section 3.5 and C.2)."""
-    ppo: PPOConfig = PPOConfig(sampling=SamplingConfig(max_new_tokens=48), ptx_coef=1.0, ptx_ratio=1)
+    ppo: PPOConfig = PPOConfig(
+        sampling=SamplingConfig(max_new_tokens=48),
+        num_iterations=30,
+        learning_rate=5e-4,
+        kl_coef=0.08,
+        ptx_coef=1.0,
+        ptx_ratio=1,
+    )
     """PPO-ptx (paper, section 3.5 and C.4)."""
     compare_without_ptx: bool = True
     """Train a second policy without the pretraining mix, to show the alignment tax."""
