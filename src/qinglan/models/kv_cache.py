@@ -9,6 +9,8 @@ Slots 0..live-1 are live, without gaps. A step costs live x width, where width i
 large as the rows may ever become, but on the CPU memory is taken only when a column is first written.
 """
 
+import mmap
+import os
 from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -206,9 +208,8 @@ class SlotCache(Cache):
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return zeros (a masked column must still be finite) that on the CPU take no memory before they are written."""
-    if device.type != "cpu":
+    if device.type != "cpu" or os.name != "posix":
         return torch.zeros(shape, dtype=dtype, device=device)
-    num_bytes = prod(shape) * dtype.itemsize
-    raw = np.zeros(num_bytes + 64, dtype=np.uint8)  # calloc, where torch.zeros writes every page
-    start = -raw.ctypes.data % 64  # whole cache lines
-    return torch.from_numpy(raw[start : start + num_bytes]).view(dtype).view(shape)
+    # Pages of their own: torch.zeros would write every one, and numpy.zeros asks for huge ones.
+    pages = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

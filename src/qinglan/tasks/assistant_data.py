@@ -23,7 +23,7 @@ from qinglan.tasks.passages import NOT_SAID_REPLIES
 from qinglan.tasks.questions import UNKNOWN_REPLIES
 from qinglan.tasks.safety import REFUSALS
 
-LABELER_NOISE = 0.18
+LABELER_NOISE = 0.13
 """Noise at which two labelers agree on 73% of decided pairs of this world's candidates (InstructGPT: 72.6 +/- 1.5%).
 
 Agreement depends on how far apart the completions are, so each set of completions wants its own value.
