@@ -46,13 +46,13 @@ class InstructGPTConfig(Config):
     """PPO's starting point and reference policy (paper, C.3)."""
     baseline: SFTConfig = SFTConfig(num_epochs=16, dropout=0.2, optimizer=OptimizerConfig(learning_rate=5e-4))
     """The SFT baseline; its checkpoint is chosen by reward-model score on validation prompts (paper, C.1)."""
-    reward_model: RewardConfig = RewardConfig(optimizer=OptimizerConfig(learning_rate=1e-3), batch_size=16)
+    reward_model: RewardConfig = RewardConfig(optimizer=OptimizerConfig(learning_rate=1e-3))
     """The reward model (paper, section 3.5 and C.2)."""
     ppo: PPOConfig = PPOConfig(
         sampling=SamplingConfig(max_new_tokens=48),
-        num_iterations=30,
+        num_iterations=18,
         learning_rate=5e-4,
-        kl_coef=0.08,
+        kl_coef=0.15,
         ptx_coef=1.0,
         ptx_ratio=1,
     )

@@ -35,7 +35,7 @@ class WorldConfig(Config):
 
     num_demonstrations: int = Field(default=600, ge=1)
     """Demonstrations (InstructGPT: 12,725)."""
-    num_comparison_prompts: int = Field(default=500, ge=1)
+    num_comparison_prompts: int = Field(default=800, ge=1)
     """Prompts whose completions are ranked (InstructGPT: 33,207)."""
     num_rl_prompts: int = Field(default=2000, ge=1)
     """Prompts of PPO (InstructGPT: 31,144)."""
