@@ -30,7 +30,7 @@ class SamplingConfig(Config):
     """Texts that end a completion; the first one that appears, and what follows, is cut from the text."""
     memory_budget_mib: int = Field(default=1024, ge=1)
     """Memory for the rows that are being written (keys, values and logits), in MiB; decides how many go together."""
-    max_rows: int = Field(default=256, ge=1)
+    max_rows: int = Field(default=512, ge=1)
     """Most rows written together, whatever the memory."""
 
     @model_validator(mode="after")

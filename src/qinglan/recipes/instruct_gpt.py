@@ -1,13 +1,12 @@
 """InstructGPT (Ouyang et al. 2022): demonstrations -> SFT -> rankings of K completions -> reward model -> PPO.
 
-
 Departures from the paper, all of them settings:
 1. models of 0.2M to 2M parameters on a built-in world; people are simulated, their faults printed in the report;
 2. the small preset takes 1 pretraining sequence per episode (paper: 8), a larger learning rate and a larger beta;
 3. the reward model is as large as the policy (paper: 6B for all sizes) and starts from the pretrained model;
 4. PPO on the answer key itself, with the same settings, is shown as the ceiling.
 
-One CPU, minutes:   qinglan quickstart            (this recipe, preset small, into runs/quickstart)
+One CPU, minutes:   qinglan quickstart
 Your own model:     qinglan instruct-gpt --model DIR --demonstrations F --comparisons F --prompts F
 Expected numbers with their spread stand in docs/results.md.
 """
@@ -65,6 +64,7 @@ def main(config: InstructGPTConfig, options: Options) -> CommandResult:
     prepare_process()
     device = Device.detect(config.device)
     base = load_language_model(resolve_model(config.model), device, template=config.template)
+    base = base._replace(name=Path(config.model).name)
     larger = None if config.larger_model is None else load_language_model(resolve_model(config.larger_model), device)
     data = gather(config, base, options.seed)
     out = options.out or Path("runs/instruct-gpt")
