@@ -1,4 +1,4 @@
-"""The InstructGPT recipe through the users' own command: on the built-in world, on files of one's own, and once more."""
+"""The InstructGPT recipe through the users' own command: on the built-in world, and on files of one's own."""
 
 import json
 from pathlib import Path
