@@ -11,7 +11,7 @@ from qinglan.core.errors import InputError
 from qinglan.core.rng import stream_seed
 from qinglan.core.run import Measure, Run
 from qinglan.evals.capability import probe_capabilities
-from qinglan.learn.pretrain import PretrainConfig, pretrain
+from qinglan.learn.pretrain import PretrainConfig, Probe, pretrain
 from qinglan.models.language_model import LanguageModel, load_language_model
 from qinglan.tasks import corpus, demonstrators
 from qinglan.tasks.assistant import TASKS, draw_prompts, grade, make_item, overall
@@ -116,7 +116,7 @@ def pretrain_sizes(config: PretrainCommand, options: Options) -> CommandResult:
     return CommandResult("\n".join(lines), data)
 
 
-def _probe_rates(config: PretrainCommand, seed: int):  # type: ignore[no-untyped-def]
+def _probe_rates(config: PretrainCommand, seed: int) -> Probe:
     def rates(lm: LanguageModel) -> dict[str, float]:
         measures = probe_capabilities(lm, num_items=config.num_probe_items, seed=seed)
         return {f"probe/{name}": measure.value for name, measure in measures.items() if measure.value is not None}
