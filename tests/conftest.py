@@ -1,5 +1,10 @@
-"""Fixtures that several test folders share: tiny random models with a byte tokenizer, made in memory."""
+"""Fixtures that several test folders share: tiny random models with a byte tokenizer, made in memory.
 
+One thread for everything: tiny models gain nothing from more, and a test that forks after OpenMP started its threads
+would wait for ever.
+"""
+
+import os
 from collections.abc import Callable
 
 import pytest
@@ -23,6 +28,9 @@ from qinglan.models.chat import TemplateName, make_chat_format
 from qinglan.models.directory import prepare
 from qinglan.models.heads import ScalarModel
 from qinglan.models.language_model import LanguageModel, TokenSequence
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses, and for `prepare_process`
+torch.set_num_threads(1)
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen2_sliding", "qwen3", "gpt2", "gemma2", "gemma3")
 CPU = Device(torch.device("cpu"), torch.float32)
