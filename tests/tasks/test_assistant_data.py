@@ -3,14 +3,19 @@
 import random
 from functools import cache
 
-import pytest
-
 from qinglan.core.records import Completion, record_id
 from qinglan.core.rng import stream_seed
 from qinglan.data.prompts import PromptConfig
 from qinglan.supervisors.simulated import agreement, make_labelers, remember
 from qinglan.tasks.assistant import World, draw_prompts, overall
-from qinglan.tasks.assistant_data import WorldConfig, WorldData, candidates_to_rank, quality_of, world_data
+from qinglan.tasks.assistant_data import (
+    LABELER_NOISE,
+    WorldConfig,
+    WorldData,
+    candidates_to_rank,
+    quality_of,
+    world_data,
+)
 from qinglan.tasks.corpus import BAD_REPLIES, RAMBLING, bad_reply
 from qinglan.tasks.item import Draw
 from qinglan.tasks.safety import REFUSALS
@@ -118,15 +123,22 @@ def test_candidates_of_a_policy_that_always_says_the_same() -> None:
         assert len(row) >= 2 and sum(one.text == "Yes." for one in row) == 1
 
 
-def test_two_labelers_agree_on_about_73_percent_of_pairs() -> None:
-    # InstructGPT: 72.6 +/- 1.5%. Over 6 draws of 250 prompts and both kinds of labelers the mean is 0.728, the standard
-    # deviation of one draw 0.016; this smaller draw takes one prompt per user, since a user's prompts are alike.
-    world, config = draw_prompts(110, 1, "train", prompts_per_user=1), WorldConfig()
-    rows = candidates_to_rank(world.prompts, sampled(world, 1, 9, 0.45), config, 1)
+def test_labelers_agree_as_people_do_and_less_with_more_noise() -> None:
+    # InstructGPT: 72.6 +/- 1.5%. The default noise is set on a trained model's own samples (docs/world.md: 73%), which lie
+    # closer together than the replies drawn here; so here agreement must be higher than that, and far from certain.
+    # InstructGPT: 72.6 +/- 1.5%. The default noise is set on a trained model's own samples (docs/world.md: 73%), which
+    # lie closer together than the replies drawn here; so here agreement must be higher than that, and not certain.
     quality = remember(quality_of(world))
-    found = [
-        agreement(make_labelers(12, config.labelers, 1, held_out=held_out), world.prompts, rows, quality, seed=1)
-        for held_out in (False, True)
-    ]
-    assert min(one.num_decided for one in found) > 1000
-    assert sum(one.rate for one in found) / 2 == pytest.approx(0.73, abs=0.035)
+
+    def agree(noise: float) -> float:
+        people = config.labelers.model_copy(update={"noise": noise})
+        found = [
+            agreement(make_labelers(12, people, 1, held_out=held_out), world.prompts, rows, quality, seed=1)
+            for held_out in (False, True)
+        ]
+        assert min(one.num_decided for one in found) > 1000
+        return sum(one.rate for one in found) / 2
+
+    assert config.labelers.noise == LABELER_NOISE
+    assert 0.73 < agree(LABELER_NOISE) < 0.87
+    assert agree(2 * LABELER_NOISE) < agree(LABELER_NOISE) - 0.05
