@@ -124,10 +124,10 @@ def test_candidates_of_a_policy_that_always_says_the_same() -> None:
 
 
 def test_labelers_agree_as_people_do_and_less_with_more_noise() -> None:
-    # InstructGPT: 72.6 +/- 1.5%. The default noise is set on a trained model's own samples (docs/world.md: 73%), which lie
-    # closer together than the replies drawn here; so here agreement must be higher than that, and far from certain.
     # InstructGPT: 72.6 +/- 1.5%. The default noise is set on a trained model's own samples (docs/world.md: 73%), which
     # lie closer together than the replies drawn here; so here agreement must be higher than that, and not certain.
+    world, config = draw_prompts(110, 1, "train", prompts_per_user=1), WorldConfig()
+    rows = candidates_to_rank(world.prompts, sampled(world, 1, 9, 0.45), config, 1)
     quality = remember(quality_of(world))
 
     def agree(noise: float) -> float:
