@@ -1,5 +1,7 @@
 """Rendering: end tokens found in the template, round trips, forged turns, templates that cannot be used."""
 
+import copy
+
 import pytest
 from conftest import CHATML, make_tokenizer
 
@@ -134,6 +136,17 @@ def test_completion_that_would_merge_with_the_prompt_is_encoded_alone():
     prompt, completion = chat.prompt_ids(TURNS[:1]), chat.completion_ids("nn")  # "i" + "n" has a token of its own
     assert tokenizer.decode(prompt + completion).endswith("assist: inn<|im_end|>")
     assert chat.text_of(completion) == "nn"
+
+
+def test_a_text_longer_than_the_tokenizers_limit_is_no_warning(caplog):
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 4
+    copy.deepcopy(tokenizer).encode("the thing")
+    assert "Token indices sequence length" in caplog.text  # what transformers says by itself
+    caplog.clear()
+    chat = make_chat_format(tokenizer)
+    assert len(chat.prompt_ids(TURNS[:1])) > 4 and len(chat.completion_ids("the thing")) > 4
+    assert "Token indices sequence length" not in caplog.text
 
 
 def test_plain_template():
