@@ -139,9 +139,11 @@ def test_prompts_are_prefilled_once_and_slots_refilled(tiny_lm: MakeLM, monkeypa
     live: list[int] = []
     prefill, step = SlotCache.prefill, Engine.step
 
-    def counting_prefill(self: SlotCache, prompts: list[list[int]], targets: list[int], sources: list[int]) -> None:
+    def counting_prefill(
+        self: SlotCache, prompts: list[list[int]], targets: list[int], sources: list[int]
+    ) -> torch.Tensor:
         prefilled.extend(prompts)
-        prefill(self, prompts, targets, sources)
+        return prefill(self, prompts, targets, sources)
 
     def counting_step(self: Engine) -> None:
         live.append(len(self.live))
@@ -199,12 +201,12 @@ def test_filters_by_hand() -> None:
     assert filtered(logits, 0, 0.85).isfinite().tolist() == [[True, True, True, False]]
     assert filtered(logits, 0, 1e-9).isfinite().tolist() == [[True, False, False, False]]
     uniforms = torch.tensor([0.6], dtype=torch.float64)  # of (0.5, 0.3) / 0.8: 0.625 and 0.375
-    token, logprob = draw(logits, uniforms, temperature=1.0, top_k=2)
+    token, logprob, _ = draw(logits, uniforms, temperature=1.0, top_k=2)
     assert (token.item(), logprob.exp().item()) == (0, pytest.approx(0.625))
     allowed = torch.tensor([[False, True, True, False]])
-    token, logprob = draw(logits, torch.tensor([0.9], dtype=torch.float64), temperature=1.0, allowed=allowed)
+    token, logprob, _ = draw(logits, torch.tensor([0.9], dtype=torch.float64), temperature=1.0, allowed=allowed)
     assert (token.item(), logprob.exp().item()) == (2, pytest.approx(1 / 3))
-    token, logprob = draw(logits, uniforms, temperature=0.0, allowed=allowed)
+    token, logprob, _ = draw(logits, uniforms, temperature=0.0, allowed=allowed)
     assert (token.item(), logprob.exp().item()) == (1, pytest.approx(2 / 3))
 
 
@@ -290,8 +292,9 @@ def test_memory_budget_decides_how_many_rows_are_live(tiny_lm: MakeLM, monkeypat
         generate(lm, [[1, 2, 3]], SamplingConfig(max_new_tokens=200, memory_budget_mib=mib), seed=0, num_samples=40)
         for mib in (1, 1024)
     ]
-    # 2 layers x (8 keys + 8 values) x 4 bytes x 203 tokens, and 24 bytes for each of 267 logits: 32 KiB a row.
-    assert sorted(set(seen)) == [2**20 // (128 * 203 + 24 * 267), 40]
+    # 2 layers x (8 keys + 8 values) x 4 bytes x 203 tokens, and 24 bytes for each of 267 logits: 32 KiB a row. The
+    # prompt is kept apart while samples of it wait.
+    assert sorted(set(seen)) == [(2**20 - 128 * 203) // (128 * 203 + 24 * 267), 40]
     assert [[s.token_ids for s in row] for row in drawn[0]] == [[s.token_ids for s in row] for row in drawn[1]]
 
 

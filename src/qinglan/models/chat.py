@@ -92,8 +92,8 @@ def make_chat_format(tokenizer: PreTrainedTokenizerBase, template: TemplateName 
         InputError: there is no template of its own; the template drops the completion, or closes the turn with no token
             while the tokenizer has no end-of-text token; a conversation does not begin with its own prompt.
     """
-    # Nothing is cut, and lengths are checked where the model's context is known; without this, transformers warns of the
-    # first text that is longer than the tokenizer's own limit, through a call that takes no `verbose`.
+    # Nothing is cut, and lengths are checked where the model's context is known. Without this, transformers warns of
+    # the first text that is longer than the tokenizer's own limit, through a call that takes no `verbose`.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     source = _plain_template(tokenizer) if template == "plain" else _own_template(tokenizer)
     probe_ids = _render(tokenizer, source, (_PROBE,), add_generation_prompt=True)

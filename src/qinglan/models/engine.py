@@ -1,8 +1,9 @@
 """Continuous batching: a queue of prompts, live rows in slots, one token for each live row at every step.
 
-Each prompt is prefilled once and copied to the slots of its K samples. Finished rows leave at once: the last rows move
-into their slots, so that a step costs what the live rows cost. When a quarter of the slots is free they are refilled.
-The last token of a prompt is fed by the row's first step, not by the prefill, so that all logits come from one place.
+Each prompt is prefilled once, with the prefix that its completions begin with, and copied to the slots of its K
+samples. Finished rows leave at once: the last rows move into their slots, so that a step costs what the live rows cost.
+When a quarter of the slots is free they are refilled. The last token of a prefilled text is fed by the row's first
+step, not by the prefill, so that all logits that are drawn from come from one place.
 """
 
 import math
@@ -16,57 +17,70 @@ from torch import Tensor
 from qinglan.core.errors import InputError
 from qinglan.core.records import FinishReason
 from qinglan.core.rng import numpy_stream
-from qinglan.models.language_model import LanguageModel
+from qinglan.models.constraints import Constraint
+from qinglan.models.language_model import LanguageModel, next_token_logprobs, vocabulary_logits
 from qinglan.models.row_memory import RowMemory
-from qinglan.models.sampling import SamplingConfig, draw
+from qinglan.models.sampling import Draw, SamplingConfig, draw
 
 MAX_PREFILL_TOKENS = 2048
 """Prompt tokens, padding included, in one forward pass."""
-
-Constraint = Callable[[Sequence[int]], Sequence[int] | AbstractSet[int] | None]
-"""What may follow, given the completion's tokens so far: a sequence of token ids is forced (an end id among them ends
-the completion), a set of ids is sampled from, None leaves all open. Asked at every token that is not forced already."""
 
 
 class Sample(NamedTuple):
     """One completion as it was drawn."""
 
     token_ids: list[int]
-    """The end token is included where finish_reason is "eos", and what completed the stop text where it is "stop"."""
+    """Its prefix comes first. The end token is included where finish_reason is "eos", and what completed the stop text
+    where it is "stop"."""
     logprobs: list[float]
-    """Nats, one for each token, under the distribution it was drawn from; 0 where the token was forced."""
+    """Nats, one for each token, under the distribution it was drawn from; 0 where it was forced, as in the prefix."""
     finish_reason: FinishReason
     text: str
+    """Of the whole completion, prefix included; what a stop text began, and the text behind it, is cut."""
+    raw_logprobs: list[float]
+    """Nats, one for each token, forced ones too, under the model's whole distribution at the sampler's temperature
+    (greedy: 1): as a forward pass over prompt and completion gives them. Equal to `logprobs` where nothing was left
+    out by top-k, top-p or a constraint."""
 
 
 class Request(NamedTuple):
-    """What is asked of the engine."""
+    """One prompt, and what is particular to its completions."""
 
-    prompts: Sequence[Sequence[int]]
-    keys: Sequence[str]
-    """Names of the prompts' random streams."""
-    constraints: Sequence[Constraint | None]
-    num_samples: int
+    prompt: Sequence[int]
+    """Token ids that end exactly where the completion begins."""
+    key: str
+    """With `seed` and the sample's index, it names the random stream."""
     seed: int
+    prefix: Sequence[int] = ()
+    """Tokens that every completion begins with, computed once for all samples: K continuations of a partial text."""
+    constraint: Constraint | None = None
+    stop: tuple[str, ...] | None = None
+    """Texts that end these completions; None: those of the configuration."""
+
+    @property
+    def text_ids(self) -> list[int]:
+        """Prompt and prefix: what is there before anything is drawn."""
+        return [*self.prompt, *self.prefix]
 
 
 class Row:
     """A completion that is being written."""
 
-    __slots__ = ("constraint", "logprobs", "pending", "prompt", "sample", "token_ids")
+    __slots__ = ("logprobs", "number", "pending", "raw_logprobs", "request", "sample", "token_ids")
 
-    def __init__(self, prompt: int, sample: int, constraint: Constraint | None) -> None:
-        self.prompt = prompt
+    def __init__(self, number: int, request: Request, sample: int) -> None:
+        self.number = number
+        self.request = request
         self.sample = sample
-        self.constraint = constraint
         self.pending: list[int] = []
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
+        self.token_ids = list(request.prefix)
+        self.logprobs = [0.0] * len(request.prefix)
+        self.raw_logprobs: list[float] = []
 
     def allowed(self) -> AbstractSet[int] | None:
         """Return what the next token may be, None for anything. Forced tokens come one by one."""
-        if not self.pending and self.constraint is not None:
-            answer = self.constraint(self.token_ids)
+        if not self.pending and self.request.constraint is not None:
+            answer = self.request.constraint(self.token_ids)
             if answer is None or isinstance(answer, AbstractSet):
                 return answer
             self.pending = list(answer)
@@ -81,20 +95,25 @@ class Engine:
     def __init__(
         self,
         lm: LanguageModel,
-        request: Request,
+        requests: Sequence[Request],
+        num_samples: int,
         config: SamplingConfig,
         memory: RowMemory,
         num_slots: int,
         on_done: Callable[[int], None] | None = None,
     ) -> None:
-        """Prepare `request`; `memory` holds `num_slots` rows and one more; `on_done` is told how many are finished."""
-        self.lm, self.request, self.config = lm, request, config
+        """Prepare `num_samples` of each request; `on_done` is told how many are finished.
+
+        `memory` holds `num_slots` rows, and one more unless each request wants a single sample.
+        """
+        self.lm, self.requests, self.num_samples, self.config = lm, requests, num_samples, config
+        self.texts = [request.text_ids for request in requests]
         self.memory, self.num_slots = memory, num_slots
         self.on_done = on_done
         self.device = lm.model.device
         self.refill_at = max(1, num_slots // 4)
         # The longest prompts leave the queue first, so that rows of similar length stand together.
-        self.queue = sorted(range(len(request.prompts)), key=lambda number: len(request.prompts[number]))
+        self.queue = sorted(range(len(requests)), key=lambda number: len(self.texts[number]))
         self.parked: tuple[int, int] | None = None
         """A prompt some of whose samples still wait, and the first of them; slot num_slots keeps its prefix."""
         self.live: list[Row] = []
@@ -103,9 +122,13 @@ class Engine:
         )
         """What each live row feeds next, at which position, and how many tokens of its completion there are."""
         self.uniforms = torch.zeros(num_slots, config.max_new_tokens, dtype=torch.float64, device=self.device)
-        self.is_constrained = any(constraint is not None for constraint in request.constraints)
+        self.is_constrained = any(request.constraint is not None for request in requests)
+        self.stops = [config.stop if request.stop is None else request.stop for request in requests]
+        self.stop_ends = {text[-1] for stop in self.stops for text in stop}
         self.may_end_stop: dict[int, bool] = {}
-        self.done: list[dict[int, Sample]] = [{} for _ in request.prompts]
+        self.prefix_logprobs: dict[int, list[float]] = {}
+        self.prefix_texts = [decode_text(lm, request.prefix) if request.prefix else "" for request in requests]
+        self.done: list[dict[int, Sample]] = [{} for _ in requests]
         self.num_done = 0
 
     def run(self) -> list[list[Sample]]:
@@ -114,23 +137,23 @@ class Engine:
             if (self.queue or self.parked) and self.num_slots - len(self.live) >= self.refill_at:
                 self.refill()
             self.step()
-        return [[samples[number] for number in range(self.request.num_samples)] for samples in self.done]
+        return [[samples[number] for number in range(self.num_samples)] for samples in self.done]
 
     def refill(self) -> None:
         """Admit rows into the free slots: the parked prompt's first, then new prompts, prefilled in batches."""
         first = len(self.live)
-        prompts = self.request.prompts
+        texts = self.texts
         if self.parked is not None:
             number, sample = self.parked
             slots = self.admit(number, sample)
-            if len(prompts[number]) > 1:
-                self.memory.copy(slots, [self.num_slots] * len(slots), len(prompts[number]) - 1)
+            if len(texts[number]) > 1:
+                self.memory.copy(slots, [self.num_slots] * len(slots), len(texts[number]) - 1)
         while self.queue and len(self.live) < self.num_slots:
             batch: list[int] = []
             targets: list[int] = []
             sources: list[int] = []
             while self.queue and len(self.live) < self.num_slots:
-                widest = len(prompts[batch[0] if batch else self.queue[-1]])
+                widest = len(texts[batch[0] if batch else self.queue[-1]])
                 if batch and widest * (len(batch) + 1) > MAX_PREFILL_TOKENS:
                     break
                 number = self.queue.pop()
@@ -140,26 +163,37 @@ class Engine:
                 targets += slots
                 sources += [len(batch)] * len(slots)
                 batch.append(number)
-            self.memory.prefill([prompts[number][:-1] for number in batch], targets, sources)
+            hidden = self.memory.prefill([texts[number][:-1] for number in batch], targets, sources)
+            for row, number in enumerate(batch):
+                self.read_prefix(number, hidden[row])
         self.start_rows(first)
 
-    def admit(self, prompt: int, sample: int) -> list[int]:
-        """Give free slots to the samples of `prompt` from number `sample` on, and park it if there are too few."""
+    def read_prefix(self, number: int, hidden: Tensor) -> None:
+        """Keep the log-probabilities of a request's prefix; `hidden` are the prefilled states of its text, [T, D]."""
+        prompt, prefix = self.requests[number].prompt, self.requests[number].prefix
+        if prefix:
+            states = hidden[len(prompt) - 1 : len(prompt) + len(prefix) - 1]
+            tokens = torch.tensor(prefix, device=self.device)
+            logprobs = next_token_logprobs(self.lm.model, states, tokens, temperature=self.config.temperature or 1.0)
+            self.prefix_logprobs[number] = logprobs.tolist()
+
+    def admit(self, number: int, sample: int) -> list[int]:
+        """Give free slots to the samples of a request from `sample` on, and park it if there are too few."""
         first = len(self.live)
-        last = min(self.request.num_samples, sample + self.num_slots - first)
-        self.live += [Row(prompt, number, self.request.constraints[prompt]) for number in range(sample, last)]
-        self.parked = (prompt, last) if last < self.request.num_samples else None
+        last = min(self.num_samples, sample + self.num_slots - first)
+        self.live += [Row(number, self.requests[number], index) for index in range(sample, last)]
+        self.parked = (number, last) if last < self.num_samples else None
         return list(range(first, len(self.live)))
 
     def start_rows(self, first: int) -> None:
         """Set what the rows from slot `first` on feed at their first step, and their uniform numbers."""
-        prompts, keys, seed = self.request.prompts, self.request.keys, self.request.seed
         rows = self.live[first:]
         for slot, row in enumerate(rows, start=first):
-            numbers = numpy_stream(seed, "sample", keys[row.prompt], row.sample).random(self.config.max_new_tokens)
-            self.uniforms[slot] = torch.from_numpy(numbers)
-        tokens = torch.tensor([prompts[row.prompt][-1] for row in rows], device=self.device)
-        positions = torch.tensor([len(prompts[row.prompt]) - 1 for row in rows], device=self.device)
+            row.raw_logprobs = list(self.prefix_logprobs.get(row.number, ()))
+            stream = numpy_stream(row.request.seed, "sample", row.request.key, row.sample)
+            self.uniforms[slot] = torch.from_numpy(stream.random(self.config.max_new_tokens))
+        tokens = torch.tensor([self.texts[row.number][-1] for row in rows], device=self.device)
+        positions = torch.tensor([len(self.texts[row.number]) - 1 for row in rows], device=self.device)
         self.tokens = torch.cat([self.tokens, tokens])
         self.positions = torch.cat([self.positions, positions])
         self.counts = torch.cat([self.counts, torch.zeros_like(positions)])
@@ -167,7 +201,8 @@ class Engine:
     def step(self) -> None:
         """Feed one token to each live row, draw the next ones, and let finished rows go."""
         width = int(self.positions.max()) + 1
-        logits = self.memory.decode(self.tokens, self.positions, width)
+        states = self.memory.extend(self.tokens[:, None], self.positions[:, None], width)
+        logits = vocabulary_logits(self.lm.model, states[:, 0])
         drawn = draw(
             logits,
             self.uniforms[: len(self.live)].gather(1, self.counts[:, None])[:, 0],
@@ -179,7 +214,7 @@ class Engine:
         self.tokens = drawn.token_ids
         self.positions = self.positions + 1
         self.counts = self.counts + 1
-        finished = self.record(drawn.token_ids.tolist(), drawn.logprobs.tolist())
+        finished = self.record(drawn)
         if finished:
             self.retire(finished, width)
 
@@ -192,29 +227,31 @@ class Engine:
                 continue
             if not token_ids or min(token_ids) < 0 or max(token_ids) >= vocab_size:
                 raise InputError(
-                    f"constraint of prompt {row.prompt}: after {len(row.token_ids)} tokens it names "
+                    f"constraint of prompt {row.number}: after {len(row.token_ids)} tokens it names "
                     f"{sorted(token_ids)[:5] or 'no token'}; expected ids from 0 to {vocab_size - 1}, or None for all"
                 )
             mask[slot] = False
             mask[slot, list(token_ids)] = True
         return mask.to(self.device)
 
-    def record(self, token_ids: list[int], logprobs: list[float]) -> list[int]:
+    def record(self, drawn: Draw) -> list[int]:
         """Append a token to each live row and return the slots of the rows that are finished."""
+        token_ids, logprobs, raw_logprobs = (values.tolist() for values in drawn)
         if math.isnan(sum(logprobs)):
             raise InputError(
                 f"{self.lm.name}: its logits are not numbers (NaN); the weights are damaged, use earlier ones"
             )
-        end_ids, longest, stops = self.lm.chat.end_ids, self.config.max_new_tokens, self.config.stop
+        end_ids, longest = self.lm.chat.end_ids, self.config.max_new_tokens
         finished = []
-        for slot, (row, token, logprob) in enumerate(zip(self.live, token_ids, logprobs, strict=True)):
+        for slot, (row, token) in enumerate(zip(self.live, token_ids, strict=True)):
             row.token_ids.append(token)
-            row.logprobs.append(logprob)
+            row.logprobs.append(logprobs[slot])
+            row.raw_logprobs.append(raw_logprobs[slot])
             if token in end_ids:
                 self.finish(row, "eos", self.lm.chat.text_of(row.token_ids))
-            elif stops and (text := self.text_before_stop(row)) is not None:
+            elif self.stops[row.number] and (text := self.text_before_stop(row)) is not None:
                 self.finish(row, "stop", text.strip())
-            elif len(row.token_ids) == longest:
+            elif len(row.token_ids) - len(row.request.prefix) == longest:
                 self.finish(row, "length", self.lm.chat.text_of(row.token_ids))
             else:
                 continue
@@ -223,7 +260,7 @@ class Engine:
 
     def finish(self, row: Row, reason: FinishReason, text: str) -> None:
         """Keep a row's completion."""
-        self.done[row.prompt][row.sample] = Sample(row.token_ids, row.logprobs, reason, text)
+        self.done[row.number][row.sample] = Sample(row.token_ids, row.logprobs, reason, text, row.raw_logprobs)
         self.num_done += 1
         if self.on_done is not None:
             self.on_done(self.num_done)
@@ -231,18 +268,20 @@ class Engine:
     def text_before_stop(self, row: Row) -> str | None:
         """Return the text before a stop text that the newest token completed; None if it completed none.
 
-        Most tokens cannot complete one, and are told by their own text; the others cost decoding the row.
+        A stop text may begin in the prefix, but one that lies in it whole is past. Most tokens cannot complete one, and
+        are told by their own text; the others cost decoding the row.
         """
         token = row.token_ids[-1]
         if token not in self.may_end_stop:
             piece = decode_text(self.lm, [token])
-            ends = {stop[-1] for stop in self.config.stop}
             # Alone, a token may lose a blank, and a character that is cut in two shows as U+FFFD.
-            self.may_end_stop[token] = "\ufffd" in piece or any(end.isspace() or end in piece for end in ends)
+            self.may_end_stop[token] = "\ufffd" in piece or any(end.isspace() or end in piece for end in self.stop_ends)
         if not self.may_end_stop[token]:
             return None
         text = decode_text(self.lm, row.token_ids)
-        places = [place for place in map(text.find, self.config.stop) if place >= 0]
+        past = len(self.prefix_texts[row.number])
+        found = [text.find(stop, max(0, past - len(stop) + 1)) for stop in self.stops[row.number]]
+        places = [place for place in found if place >= 0]
         return text[: min(places)] if places else None
 
     def retire(self, finished: list[int], width: int) -> None:

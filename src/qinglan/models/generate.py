@@ -8,7 +8,9 @@ computed as in training (`language_model.vocabulary_logits`): it may serve as PP
 Departure from the usual: temperature 0 is greedy, and there the log-probabilities are the model's own at temperature 1,
 because those of a distribution with a single point would all be 0.
 
-`engine.py` is the loop, `sampling.py` the draw, `kv_cache.py` and `row_memory.py` what a row remembers.
+`engine.py` is the loop, `sampling.py` the draw, `constraints.py` what a completion must say, `kv_cache.py` and
+`row_memory.py` what a row remembers; `options.py` scores given continuations. docs/engine.md says how each promise is
+tested.
 """
 
 import math
@@ -20,18 +22,23 @@ import torch
 from qinglan.core.errors import InputError
 from qinglan.core.records import Completion, Prompt, Sampler, record_id
 from qinglan.core.run import Progress
-from qinglan.models.engine import Constraint, Engine, Request, Sample, decode_text
+from qinglan.models.constraints import Constraint, forced_prefix, one_of, one_of_after
+from qinglan.models.engine import Engine, Request, Sample, decode_text
 from qinglan.models.language_model import LanguageModel, max_context, vocabulary_size
 from qinglan.models.row_memory import RowMemory, make_row_memory, model_facts
 from qinglan.models.sampling import SamplingConfig
 
 __all__ = [
     "Constraint",
+    "Request",
     "Sample",
     "SamplingConfig",
     "completion_record",
     "forced_prefix",
     "generate",
+    "generate_requests",
+    "one_of",
+    "one_of_after",
     "sample_completions",
 ]
 
@@ -60,28 +67,49 @@ def generate(
         progress: shown at every completion; its total should be `len(prompts) * num_samples`.
 
     Raises:
-        InputError: a prompt is empty or leaves no room in the context; the memory budget holds no row; a stop text can
-            never appear; a constraint allows no token; the model's logits are NaN.
+        InputError: as `generate_requests` does.
     """
-    if num_samples < 1:
-        raise InputError(f"num_samples: got {num_samples}; expected at least 1")
     for name, given in (("keys", keys), ("forced", forced)):
         if given is not None and len(given) != len(prompts):
             raise InputError(f"{name}: got {len(given)} for {len(prompts)} prompts; expected one for each")
-    if not prompts:
+    requests = [
+        Request(
+            prompt,
+            key=str(number) if keys is None else keys[number],
+            seed=seed,
+            constraint=None if forced is None else forced[number],
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    return generate_requests(lm, requests, config, num_samples=num_samples, progress=progress)
+
+
+def generate_requests(
+    lm: LanguageModel,
+    requests: Sequence[Request],
+    config: SamplingConfig,
+    *,
+    num_samples: int = 1,
+    progress: Progress | None = None,
+) -> list[list[Sample]]:
+    """Draw `num_samples` completions of each request; returns them as [request][sample].
+
+    A request has its own seed, stop texts, constraint and prefix. K continuations of a partial completion are one
+    request with that prefix: prompt and prefix are computed once. `config.max_new_tokens` counts from the prefix on.
+
+    Raises:
+        InputError: a prompt is empty or leaves no room in the context; a prefix holds an end token; the memory budget
+            holds no row; a stop text can never appear; a constraint allows no token; the model's logits are NaN.
+    """
+    if num_samples < 1:
+        raise InputError(f"num_samples: got {num_samples}; expected at least 1")
+    if not requests:
         return []
-    _check_prompts(lm, prompts, config)
-    _check_stops(lm, config)
-    request = Request(
-        prompts=prompts,
-        keys=[str(number) for number in range(len(prompts))] if keys is None else keys,
-        constraints=[None] * len(prompts) if forced is None else forced,
-        num_samples=num_samples,
-        seed=seed,
-    )
+    _check_requests(lm, requests, config)
     with _sampling_mode(lm):
-        memory, num_slots = _memory_for(lm, request, config)
-        return Engine(lm, request, config, memory, num_slots, None if progress is None else progress.show).run()
+        memory, num_slots = _memory_for(lm, requests, num_samples, config)
+        on_done = None if progress is None else progress.show
+        return Engine(lm, requests, num_samples, config, memory, num_slots, on_done).run()
 
 
 def sample_completions(
@@ -127,11 +155,6 @@ def completion_record(
     )
 
 
-def forced_prefix(token_ids: Sequence[int]) -> Constraint:
-    """Return the constraint that a completion begins with these tokens and goes on freely."""
-    return lambda so_far: token_ids[len(so_far) :] or None
-
-
 @contextmanager
 def _sampling_mode(lm: LanguageModel) -> Iterator[None]:
     """Put the model into evaluation mode, without gradients, in its compute precision; leave it as it was."""
@@ -144,40 +167,55 @@ def _sampling_mode(lm: LanguageModel) -> Iterator[None]:
         lm.model.train(was_training)
 
 
-def _memory_for(lm: LanguageModel, request: Request, config: SamplingConfig) -> tuple[RowMemory, int]:
-    """Return memory for as many rows as the budget holds, and their number; one more slot keeps a parked prompt."""
+def _memory_for(
+    lm: LanguageModel, requests: Sequence[Request], num_samples: int, config: SamplingConfig
+) -> tuple[RowMemory, int]:
+    """Return memory for as many rows as the budget holds, and their number.
+
+    One more slot, for a prompt some of whose samples wait, is counted in where there may be such a prompt.
+    """
     dtype = None if lm.device.compute_dtype == torch.float32 else lm.device.compute_dtype
     facts = model_facts(lm.model, lm.name, dtype)
-    width = max(len(prompt) for prompt in request.prompts) + config.max_new_tokens
-    # Logits, tempered logits, log-probabilities and probabilities in fp32, their sums in fp64: 24 bytes for each token.
-    per_row = facts.bytes_per_token * width + 24 * vocabulary_size(lm.model)
-    num_rows = (config.memory_budget_mib << 20) // per_row
-    if num_rows == 0:
+    width = max(len(request.prompt) + len(request.prefix) for request in requests) + config.max_new_tokens
+    # Logits, tempered logits, log-probabilities and probabilities in fp32, their sums in fp64: 24 bytes for each token
+    # of the vocabulary; a sort, its order, its probabilities and sums for top-p; a mask and one more copy where bound.
+    is_bound = any(request.constraint is not None for request in requests)
+    per_token = 24 + (24 if config.top_p < 1 else 0) + (9 if is_bound or config.top_k > 0 or config.top_p < 1 else 0)
+    kept = facts.bytes_per_token * width
+    per_row = kept + per_token * vocabulary_size(lm.model)
+    parked = kept if num_samples > 1 else 0
+    num_rows = ((config.memory_budget_mib << 20) - parked) // per_row
+    if num_rows <= 0:
         raise InputError(
             f"memory_budget_mib: {config.memory_budget_mib} MiB hold no row; a row of {width} tokens takes "
-            f"{math.ceil(per_row / 2**20)} MiB; give at least that, or lower max_new_tokens"
+            f"{math.ceil((per_row + parked) / 2**20)} MiB; give at least that, or lower max_new_tokens"
         )
-    num_slots = min(num_rows, config.max_rows, len(request.prompts) * request.num_samples)
-    return make_row_memory(lm.model, facts, num_slots + 1, width, dtype), num_slots
+    num_slots = min(num_rows, config.max_rows, len(requests) * num_samples)
+    return make_row_memory(lm.model, facts, num_slots + (1 if parked else 0), width, dtype), num_slots
 
 
-def _check_prompts(lm: LanguageModel, prompts: Sequence[Sequence[int]], config: SamplingConfig) -> None:
+def _check_requests(lm: LanguageModel, requests: Sequence[Request], config: SamplingConfig) -> None:
     context = max_context(lm.model)
-    for number, prompt in enumerate(prompts):
-        if not len(prompt):
+    for number, request in enumerate(requests):
+        if not len(request.prompt):
             raise InputError(f"prompt {number}: has no tokens; expected at least one")
-        if len(prompt) + config.max_new_tokens > context:
+        length = len(request.prompt) + len(request.prefix)
+        if length + config.max_new_tokens > context:
             raise InputError(
-                f"prompt {number}: its {len(prompt)} tokens and max_new_tokens {config.max_new_tokens} exceed the "
+                f"prompt {number}: its {length} tokens and max_new_tokens {config.max_new_tokens} exceed the "
                 f"context of {lm.name}, {context} tokens; shorten the prompt or lower max_new_tokens"
             )
+        if not lm.chat.end_ids.isdisjoint(request.prefix):
+            raise InputError(f"prompt {number}: the prefix of its completions holds an end token; leave it out")
+    for stop in {text for request in requests for text in request.stop or ()} | set(config.stop):
+        _check_stop(lm, stop)
 
 
-def _check_stops(lm: LanguageModel, config: SamplingConfig) -> None:
-    for stop in config.stop:
-        token_ids = lm.tokenizer.encode(stop, add_special_tokens=False)
-        if stop.strip() not in decode_text(lm, token_ids):
-            raise InputError(
-                f"stop: {stop!r} can never appear in a completion of {lm.name}: its tokenizer cannot write it, or it "
-                "is a special token, which is no part of the text; choose another text"
-            )
+def _check_stop(lm: LanguageModel, stop: str) -> None:
+    """Refuse a stop text that the tokenizer cannot write: a special token, or letters that it makes into others."""
+    between = f"a{stop}b"  # alone, a text may lose its outer blanks
+    if not stop or stop not in decode_text(lm, lm.tokenizer.encode(between, add_special_tokens=False)):
+        raise InputError(
+            f"stop: {stop!r} can never appear in a completion of {lm.name}: its tokenizer cannot write it, or it "
+            "is a special token, which is no part of the text; choose another text"
+        )

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from qinglan.models.language_model import vocabulary_logits
+from qinglan.models.language_model import max_context
 
 
 class AttentionPlan(NamedTuple):
@@ -52,10 +52,14 @@ def attention_plan(model: PreTrainedModel) -> AttentionPlan | None:
     config = model.config.get_text_config(decoder=True)
     if model._is_stateful or not model._supports_attention_backend or config.is_encoder_decoder:
         return None
+    if "longrope" in str(getattr(config, "rope_parameters", None)):
+        return None  # all positions change with the length of the longest row, so that a neighbour would show
     layers = DynamicCache(config=config).layers
     if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         return None
-    kinds = getattr(config, "layer_types", None) or ["all"] * len(layers)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    if not set(kinds) <= {"full_attention", "sliding_attention"}:
+        return None  # chunks, for example, are cached as windows are, but what a query sees is another matter
     windows: dict[str, int | None] = {}
     for kind, layer in zip(kinds, layers, strict=True):
         window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
@@ -71,8 +75,8 @@ class Place(NamedTuple):
     """Columns in use."""
     numbers: dict[int, Tensor]
     """Decoding: number of heads -> places that are written, worked out by the first layer with so many heads."""
-    positions: Int[Tensor, " live"] | None = None
-    """Decoding: the column that each live row writes."""
+    positions: Int[Tensor, "live queries"] | None = None
+    """Decoding: the columns that each live row writes."""
     targets: Int[Tensor, " slots"] | None = None
     """Prefill: the slots that receive columns 0..width-1 ..."""
     sources: Int[Tensor, " slots"] | None = None
@@ -118,7 +122,7 @@ class SlotLayer(CacheLayerMixin):
         if num_heads not in numbers:
             # A buffer seen as one list of columns: slot s, head h, column c has number (s * heads + h) * capacity + c.
             starts = torch.arange(0, live * num_heads * self.capacity, self.capacity, device=positions.device)
-            numbers[num_heads] = starts + positions.repeat_interleave(num_heads)
+            numbers[num_heads] = (starts[:, None] + positions.repeat_interleave(num_heads, 0)).flatten()
         for buffer, states in ((keys, key_states), (values, value_states)):
             states = states.reshape(-1, states.shape[-1]).to(buffer.dtype)
             buffer.view(-1, buffer.shape[-1]).index_copy_(0, numbers[num_heads], states)
@@ -158,15 +162,17 @@ class SlotCache(Cache):
         """Return how many numbers one token of one row takes; the model must have run once."""
         return sum(buffer.shape[1] * buffer.shape[3] for layer in self.slot_layers for buffer in layer.buffers())
 
-    def prefill(self, prompts: Sequence[Sequence[int]], targets: Sequence[int], sources: Sequence[int]) -> None:
-        """Run prompts once and copy prompt `sources[i]` into slot `targets[i]`.
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], targets: Sequence[int], sources: Sequence[int]
+    ) -> Float[Tensor, "prompts columns hidden"]:
+        """Run prompts once, copy prompt `sources[i]` into slot `targets[i]`, and return the trunk's states.
 
         They are padded on the right, and a causal mask is enough: padding stands behind every real token, and columns
         that a row has not reached are masked when it decodes.
         """
         width = max(len(prompt) for prompt in prompts)
         if width == 0:
-            return
+            return torch.empty(len(prompts), 0, 0)
         input_ids = np.zeros((len(prompts), width), dtype=np.int64)
         for row, prompt in zip(input_ids, prompts, strict=True):
             row[: len(prompt)] = prompt
@@ -174,15 +180,19 @@ class SlotCache(Cache):
         place = Place(width, {}, None, torch.tensor(targets, device=device), torch.tensor(sources, device=device))
         columns = torch.arange(width, device=device)
         distance = (columns[:, None] - columns)[None, None]
-        self._forward(torch.from_numpy(input_ids).to(device), columns.expand(len(prompts), -1), distance, place)
+        return self._forward(torch.from_numpy(input_ids).to(device), columns.expand(len(prompts), -1), distance, place)
 
-    def decode(
-        self, tokens: Int[Tensor, " live"], positions: Int[Tensor, " live"], width: int
-    ) -> Float[Tensor, "live vocab"]:
-        """Append one token to each live row and return the logits after it; the longest row is now `width` long."""
-        distance = (positions[:, None] - torch.arange(width, device=positions.device))[:, None, None]
-        hidden = self._forward(tokens[:, None], positions[:, None], distance, Place(width, {}, positions))
-        return vocabulary_logits(self.model, hidden[:, -1])
+    def extend(
+        self, tokens: Int[Tensor, "live queries"], positions: Int[Tensor, "live queries"], width: int
+    ) -> Float[Tensor, "live queries hidden"]:
+        """Append tokens to each live row and return the trunk's states; the longest row is now `width` long.
+
+        A row with fewer tokens is padded on the right: what it writes there is never seen by a token before it.
+        """
+        distance = (positions[:, :, None] - torch.arange(width, device=positions.device))[:, None]
+        # Only padding may stand beyond the context; learned positions have no row for it.
+        position_ids = positions.clamp(max=max_context(self.model) - 1)
+        return self._forward(tokens, position_ids, distance, Place(width, {}, positions))
 
     def copy(self, targets: Sequence[int], sources: Sequence[int], width: int) -> None:
         """Copy the first `width` columns of slots `sources` over slots `targets` (disjoint)."""

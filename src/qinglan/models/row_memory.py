@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from qinglan.models.kv_cache import AttentionPlan, SlotCache, attention_plan
@@ -24,13 +25,16 @@ MAX_FORWARD_TOKENS = 8192
 class RowMemory(Protocol):
     """Rows in slots; the live ones are slots 0, 1, ... without gaps."""
 
-    def prefill(self, prompts: Sequence[Sequence[int]], targets: Sequence[int], sources: Sequence[int]) -> None:
-        """Let slot `targets[i]` hold prompt `sources[i]`."""
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], targets: Sequence[int], sources: Sequence[int]
+    ) -> Float[Tensor, "prompts columns hidden"]:
+        """Let slot `targets[i]` hold prompt `sources[i]`; return the states of all prompts, padded on the right."""
+        ...
 
-    def decode(
-        self, tokens: Int[Tensor, " live"], positions: Int[Tensor, " live"], width: int
-    ) -> Float[Tensor, "live vocab"]:
-        """Append a token to each live row, at its position, and return fp32 logits after it."""
+    def extend(
+        self, tokens: Int[Tensor, "live queries"], positions: Int[Tensor, "live queries"], width: int
+    ) -> Float[Tensor, "live queries hidden"]:
+        """Append tokens to each live row, at their positions, and return their states."""
         ...
 
     def copy(self, targets: Sequence[int], sources: Sequence[int], width: int) -> None:
@@ -44,30 +48,38 @@ class TokenMemory:
         self.model = model
         self.slots: list[list[int]] = [[] for _ in range(num_slots)]
 
-    def prefill(self, prompts: Sequence[Sequence[int]], targets: Sequence[int], sources: Sequence[int]) -> None:
-        """Let slot `targets[i]` hold prompt `sources[i]`."""
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], targets: Sequence[int], sources: Sequence[int]
+    ) -> Float[Tensor, "prompts columns hidden"]:
+        """Let slot `targets[i]` hold prompt `sources[i]`; return the states of all prompts, each run alone."""
         for target, source in zip(targets, sources, strict=True):
             self.slots[target] = list(prompts[source])
+        # A prompt without tokens has no states; those of token 0 fill its row and are never read.
+        return pad_sequence([self._run([prompt or [0]])[0] for prompt in prompts], batch_first=True)
 
-    def decode(
-        self, tokens: Int[Tensor, " live"], positions: Int[Tensor, " live"], width: int
-    ) -> Float[Tensor, "live vocab"]:
-        """Append a token to each live row; rows of equal length run together, so that nothing is padded."""
+    def extend(
+        self, tokens: Int[Tensor, "live queries"], positions: Int[Tensor, "live queries"], width: int
+    ) -> Float[Tensor, "live queries hidden"]:
+        """Append tokens to each live row; rows of equal length run together, so that nothing is padded."""
+        num_new = tokens.shape[1]
         by_length: dict[int, list[int]] = {}
-        for slot, (token, position) in enumerate(zip(tokens.tolist(), positions.tolist(), strict=True)):
-            self.slots[slot] = [*self.slots[slot][:position], token]
-            by_length.setdefault(position + 1, []).append(slot)
+        for slot, (row, position) in enumerate(zip(tokens.tolist(), positions[:, 0].tolist(), strict=True)):
+            self.slots[slot] = [*self.slots[slot][:position], *row]
+            by_length.setdefault(position + num_new, []).append(slot)
         slots: list[int] = []
-        hidden = []
+        states = []
         for length, group in by_length.items():
             num_rows = max(1, MAX_FORWARD_TOKENS // length)
             for start in range(0, len(group), num_rows):
                 part = group[start : start + num_rows]
-                input_ids = torch.tensor([self.slots[slot] for slot in part], device=tokens.device)
-                hidden.append(self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, -1])
+                states.append(self._run([self.slots[slot] for slot in part])[:, -num_new:])
                 slots += part
         order = torch.tensor(slots, device=tokens.device).argsort()
-        return vocabulary_logits(self.model, torch.cat(hidden)[order])
+        return torch.cat(states)[order]
+
+    def _run(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "rows columns hidden"]:
+        input_ids = torch.tensor(rows, device=self.model.device)
+        return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
     def copy(self, targets: Sequence[int], sources: Sequence[int], width: int) -> None:
         """Copy slots `sources` over slots `targets`."""
@@ -129,7 +141,7 @@ def _try_slots(model: PreTrainedModel, plan: AttentionPlan, dtype: torch.dtype |
     try:
         for memory in (cache, plain):
             memory.prefill([row[:-1] for row in rows], [0, 1], [0, 1])
-            logits.append(memory.decode(last, positions, 5))
+            logits.append(vocabulary_logits(model, memory.extend(last[:, None], positions[:, None], 5)[:, 0]))
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         return f"its attention takes no cache by slots ({type(error).__name__}: {error})", 1
     tolerance = 1e-3 if cache.mask_dtype == torch.float32 else 5e-2

@@ -1,8 +1,10 @@
 """One draw from a next-token distribution: temperature, top-k, top-p, an allowed set, and the draw's log-probability.
 
-The log-probability returned is that of the distribution drawn from, renormalised over what the filters leave: with any
-other, the ratio of a policy-gradient step would not be 1 at its start. A row's draw depends on its own logits and its
-own uniform number only.
+Two log-probabilities are returned. `logprobs` is that of the distribution drawn from, renormalised over what the
+filters and the allowed set leave: with any other, the ratio of a policy-gradient step would not be 1 at its start.
+`raw_logprobs` is that of the model's whole distribution at the same temperature, which a forward pass over the text
+gives as well. They differ only where something was left out. A row's draw depends on its own logits and its own
+uniform number only.
 """
 
 from typing import NamedTuple, Self
@@ -46,6 +48,8 @@ class Draw(NamedTuple):
     token_ids: Int[Tensor, " rows"]
     logprobs: Float[Tensor, " rows"]
     """fp32, nats, under the distribution that was drawn from (greedy: under the model's own, at temperature 1)."""
+    raw_logprobs: Float[Tensor, " rows"]
+    """fp32, nats, before the filters and the allowed set."""
 
 
 def draw(
@@ -61,19 +65,21 @@ def draw(
 
     Temperature 0 takes the most probable token. Filters come in this order: allowed set, temperature, top-k, top-p.
     """
-    logits = logits.float()
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, -torch.inf)
+    tempered = logits.float() / (temperature or 1.0)
+    bound = tempered if allowed is None else tempered.masked_fill(~allowed, -torch.inf)
     if temperature == 0:
-        token_ids = logits.argmax(-1)
-        return Draw(token_ids, taken(logits.log_softmax(-1), token_ids))
-    logprobs = filtered(logits / temperature, top_k, top_p).log_softmax(-1)
-    # The sum runs in fp64: in fp32 it would lose the tail of a large vocabulary.
-    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
-    target = uniforms[:, None] * cumulative[:, -1:]
-    # The first token whose cumulative probability exceeds the target; a token of probability 0 never does so first.
-    token_ids = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return Draw(token_ids, taken(logprobs, token_ids.clamp(max=logits.shape[-1] - 1)))  # NaN finds no token at all
+        token_ids, logprobs = bound.argmax(-1), bound.log_softmax(-1)
+    else:
+        logprobs = filtered(bound, top_k, top_p).log_softmax(-1)
+        # The sum runs in fp64: in fp32 it would lose the tail of a large vocabulary.
+        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
+        target = uniforms[:, None] * cumulative[:, -1:]
+        # The first token whose cumulative probability exceeds the target; a token of probability 0 never does so first.
+        token_ids = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    places = token_ids.clamp(max=logits.shape[-1] - 1)  # NaN finds no token at all
+    drawn_from = taken(logprobs, places)
+    is_whole = allowed is None and (temperature == 0 or (top_k == 0 and top_p == 1))
+    return Draw(token_ids, drawn_from, drawn_from if is_whole else taken(tempered.log_softmax(-1), places))
 
 
 def filtered(logits: Float[Tensor, "rows vocab"], top_k: int, top_p: float) -> Float[Tensor, "rows vocab"]:
