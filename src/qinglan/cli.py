@@ -51,6 +51,7 @@ COMMANDS: dict[str, Command] = {
         "commands.train", "RewardCommand", "reward", "train a reward model on comparisons", keeps_run=True
     ),
     "ppo": Command("commands.ppo", "PPOCommand", "ppo", "train a policy by reward model or function", keeps_run=True),
+    "dpo": Command("commands.dpo", "DPOCommand", "dpo", "train a policy on comparisons directly", keeps_run=True),
     "sample": Command("commands.use", "SampleCommand", "sample", "complete prompts with a model"),
     "score": Command("commands.use", "ScoreCommand", "score", "score completions with a reward model"),
     "evaluate": Command(

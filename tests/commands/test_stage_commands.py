@@ -1,4 +1,4 @@
-"""`qinglan sft | reward | ppo` from end to end, on tiny random models of several architectures."""
+"""`qinglan sft | reward | ppo | dpo` from end to end, on tiny random models of several architectures."""
 
 import json
 import math
@@ -89,6 +89,25 @@ def test_reward(run, model_dir, comparisons, demonstrations, tmp_path, architect
     model = AutoModelForSequenceClassification.from_pretrained(directory)
     assert model.config.num_labels == 1
     assert (model.config.qinglan["offset"] != 0) == (architecture == "qwen2")
+
+
+@pytest.mark.parametrize(("architecture", "loss"), [("qwen2", "dpo"), ("gpt2", "ipo"), ("gemma3", "dpo")])
+def test_dpo(run, model_dir, comparisons, tmp_path, architecture, loss) -> None:
+    out = tmp_path / "run"
+    answer = run(
+        "dpo", "--model", model_dir(architecture), "--comparisons", comparisons, *FAST, *SHORT,
+        "--training.loss", loss, "--training.sft-coef", "0.1", "--out", out, "--json",
+    )  # fmt: skip
+    report = check_run(out, "dpo", answer)
+    accuracy = report["metrics"]["implied_reward_accuracy"]
+    assert accuracy["n"] == 2 * report["metrics"]["rows/held_out"]["n"]  # of three pairs one is tied
+    assert report["rows"]["student"] == accuracy
+    assert report["metrics"]["kl"]["n"] == report["metrics"]["rows/held_out"]["n"]
+    assert {"length/start", "cut_short/policy"} <= set(report["metrics"])
+    logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert logged[0]["start/loss"] > 0 and "valid_margin" in logged[-1]
+    AutoModelForCausalLM.from_pretrained(out / "stages" / "dpo" / "model")
+    assert "What does it say?" in (out / "report.html").read_text()
 
 
 @pytest.mark.parametrize(("architecture", "pad_is_eos"), [("llama", False), ("gpt2", True)])

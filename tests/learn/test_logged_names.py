@@ -1,4 +1,4 @@
-"""Every number that a training stage logs is explained in docs/instruct_gpt.md."""
+"""Every number that a training stage logs is explained in docs/instruct_gpt.md or docs/engine.md."""
 
 import re
 from pathlib import Path
@@ -7,11 +7,13 @@ from tiny_ppo import brevity, corpus, count_a, small, train
 from tiny_world import make_demonstration, make_group, make_lm, make_stage
 
 from qinglan.core.records import Ranking
+from qinglan.learn.dpo import DPOConfig, train_dpo
 from qinglan.learn.reward import RewardConfig, train_reward_model
 from qinglan.learn.sft import SFTConfig, train_sft
 
-TEXT = (Path(__file__).parents[2] / "docs" / "instruct_gpt.md").read_text(encoding="utf-8")
-HEADINGS = {"sft": "### SFT (stages", "reward": "### Reward model\n", "ppo": "### PPO\n"}
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = "\n".join((DOCS / name).read_text(encoding="utf-8") for name in ("instruct_gpt.md", "engine.md"))
+HEADINGS = {"sft": "### SFT (stages", "reward": "### Reward model\n", "ppo": "### PPO\n", "dpo": "## DPO\n"}
 
 
 def undocumented(directory: Path, stage: str) -> set[str]:
@@ -40,6 +42,13 @@ def test_reward_model(tmp_path: Path) -> None:
     config = RewardConfig(batch_size=2)
     train_reward_model(make_lm(), groups, config, stage=make_stage(tmp_path, "reward"), seed=0, valid=groups[:1])
     assert not undocumented(tmp_path, "reward")
+
+
+def test_dpo(tmp_path: Path) -> None:
+    groups = [make_group(text, ["yes", "no"], Ranking(groups=((0,), (1,)))) for text in ("ab", "cd", "ef")]
+    config = DPOConfig(batch_size=2, sft_coef=1.0)
+    train_dpo(make_lm(), groups, config, stage=make_stage(tmp_path, "dpo"), seed=0, valid=groups[:1])
+    assert not undocumented(tmp_path, "dpo")
 
 
 def test_ppo(tmp_path: Path) -> None:

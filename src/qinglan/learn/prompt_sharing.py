@@ -9,7 +9,7 @@ Every completion gets the hidden states that a row of its own would give it, for
 and has no sliding window, since a window counts columns and here columns are not positions; elsewhere the callers use
 separate rows.
 
-Letters: G prompts (rows), T columns, S completions in all.
+Letters: G prompts (rows), T columns, S completions in all, N tokens of completions in all.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from qinglan.models.language_model import token_logprobs
 
 ARCHITECTURES = frozenset({"gemma", "gpt2", "llama", "mistral", "qwen2", "qwen3"})
 """Values of `config.model_type` for which the tests show that a tree row equals separate rows."""
@@ -46,6 +48,13 @@ class TreeBatch(NamedTuple):
     end_rows: Int[Tensor, " S"]
     end_columns: Int[Tensor, " S"]
     """Place of each completion's last token, tree by tree in order."""
+    target_rows: Int[Tensor, " N"]
+    target_columns: Int[Tensor, " N"]
+    """Place of every token of the completions, completion by completion."""
+    predicting_columns: Int[Tensor, " N"]
+    """Column of the token before it: for a completion's first token that is the prompt's last."""
+    owners: Int[Tensor, " N"]
+    """Number of the completion that the token belongs to."""
 
 
 def can_share_prompt(model: PreTrainedModel) -> bool:
@@ -67,7 +76,8 @@ def make_tree_batch(trees: Sequence[PromptTree], device: torch.device) -> TreeBa
     input_ids = torch.zeros(len(trees), width, dtype=torch.int64)
     position_ids = torch.zeros_like(input_ids)
     branches = torch.full_like(input_ids, -1)  # 0 the prompt, k >= 1 a completion, -1 padding
-    ends = []
+    ends: list[tuple[int, int]] = []
+    targets: list[tuple[int, int, int, int]] = []
     for row, tree in enumerate(trees):
         column = 0
         for branch, ids in enumerate([tree.prompt_ids, *tree.completion_ids]):
@@ -76,24 +86,40 @@ def make_tree_batch(trees: Sequence[PromptTree], device: torch.device) -> TreeBa
             input_ids[row, here] = torch.tensor(ids)
             position_ids[row, here] = torch.arange(start, start + len(ids))
             branches[row, here] = branch
-            column += len(ids)
             if branch > 0:
-                ends.append((row, column - 1))
+                before = [len(tree.prompt_ids) - 1, *range(column, column + len(ids) - 1)]
+                targets += [(row, column + k, before[k], len(ends)) for k in range(len(ids))]
+                ends.append((row, column + len(ids) - 1))
+            column += len(ids)
     is_causal = torch.ones(width, width, dtype=torch.bool).tril()
     same_branch = branches[:, :, None] == branches[:, None, :]
     # Padding is a branch of its own, so that no softmax is over nothing; no real token sees it.
     may_attend = is_causal & (same_branch | (branches == 0)[:, None, :])
     rows, columns = torch.tensor(ends).unbind(dim=1)
-    batch = TreeBatch(input_ids, position_ids, may_attend[:, None], rows, columns)
+    batch = TreeBatch(input_ids, position_ids, may_attend[:, None], rows, columns, *torch.tensor(targets).unbind(dim=1))
     return TreeBatch(*(tensor.to(device) for tensor in batch))
 
 
-def end_states(model: PreTrainedModel, batch: TreeBatch) -> Float[Tensor, "S D"]:
-    """Return the trunk's last hidden state at the last token of each completion, tree by tree; gradients flow."""
+def tree_states(model: PreTrainedModel, batch: TreeBatch) -> Float[Tensor, "G T D"]:
+    """Return the trunk's last hidden states of all columns; gradients flow."""
     output = model.base_model(
         input_ids=batch.input_ids,
         attention_mask=batch.may_attend,
         position_ids=batch.position_ids,
         use_cache=False,
     )
-    return output.last_hidden_state[batch.end_rows, batch.end_columns]
+    return output.last_hidden_state
+
+
+def end_states(model: PreTrainedModel, batch: TreeBatch) -> Float[Tensor, "S D"]:
+    """Return the hidden state at the last token of each completion, tree by tree; gradients flow."""
+    return tree_states(model, batch)[batch.end_rows, batch.end_columns]
+
+
+def tree_logprobs(model: PreTrainedModel, batch: TreeBatch) -> Float[Tensor, " S"]:
+    """Return the log-probability of each whole completion given its prompt, in nats; gradients flow."""
+    hidden = tree_states(model, batch)
+    states = hidden[batch.target_rows, batch.predicting_columns]
+    targets = batch.input_ids[batch.target_rows, batch.target_columns]
+    logprobs = token_logprobs(model, states, targets, with_entropy=False).logprobs
+    return logprobs.new_zeros(len(batch.end_rows)).index_add(0, batch.owners, logprobs)

@@ -14,7 +14,7 @@ nothing but the time.
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, Self, get_args
+from typing import Literal, NamedTuple, Protocol, Self, get_args
 
 import torch
 from pydantic import Field
@@ -160,6 +160,18 @@ def set_mean_score(scalar: ScalarModel, demonstrations: Sequence[Demonstrated]) 
 # ----------------------------------------------------------------------------------------------------------- data
 
 
+class PairSettings(Protocol):
+    """What `encode_groups` reads of the settings of a trainer on comparisons."""
+
+    @property
+    def ties(self) -> Literal["drop", "half"]:
+        """What becomes of tied pairs."""
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens of a prompt with one completion."""
+
+
 class EncodedGroup(NamedTuple):
     """A prompt's completions as tokens, and the pairs among them that count. Completions in no pair are left out."""
 
@@ -167,6 +179,8 @@ class EncodedGroup(NamedTuple):
     pairs: list[Pair]
     weight: float
     source: Source
+    reference_logprobs: tuple[float, ...] = ()
+    """Of each completion under the reference policy, in nats; filled in by `dpo.py`."""
 
     @property
     def tree(self) -> PromptTree:
@@ -179,7 +193,7 @@ class EncodedGroup(NamedTuple):
 def encode_groups(
     lm: LanguageModel,
     groups: Sequence[ComparisonGroup],
-    config: RewardConfig,
+    config: PairSettings,
     weights: Mapping[Source, float],
     stage: str,
 ) -> list[EncodedGroup]:
@@ -272,7 +286,7 @@ def score_groups(scalar: ScalarModel, groups: Sequence[EncodedGroup], config: Re
     return torch.cat(scores)[torch.tensor(indices, device=device).argsort()]
 
 
-def pair_targets(groups: Sequence[EncodedGroup], num_groups: int, scalar: ScalarModel) -> PairTargets:
+def pair_targets(groups: Sequence[EncodedGroup], num_groups: int, scalar: ScalarModel | LanguageModel) -> PairTargets:
     """Return the pairs of `groups` as tensors; `num_groups` is the number in the whole optimizer batch."""
     first, second, targets, weights = [], [], [], []
     base = 0

@@ -45,6 +45,7 @@ __all__ = [
     "next_token_logprobs",
     "save_language_model",
     "target_logprobs",
+    "token_logprobs",
     "vocabulary_logits",
     "vocabulary_size",
 ]
@@ -183,12 +184,33 @@ def target_logprobs(
             several chunks, the backward pass computes their logits again.
         with_entropy: False saves two passes over the logits.
     """
-    if temperature <= 0:
-        raise InputError(f"temperature: {temperature}; expected more than 0 to score tokens")
     target_mask = batch.target_mask.to(hidden.device)
     rows, columns = target_mask.nonzero(as_tuple=True)
-    predicting = hidden[rows, columns - 1]
-    targets = batch.input_ids.to(hidden.device)[rows, columns]
+    return token_logprobs(
+        model,
+        hidden[rows, columns - 1],
+        batch.input_ids.to(hidden.device)[rows, columns],
+        temperature=temperature,
+        chunk_tokens=chunk_tokens,
+        with_entropy=with_entropy,
+    )
+
+
+def token_logprobs(
+    model: PreTrainedModel,
+    states: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+    with_entropy: bool = True,
+) -> TargetLogprobs:
+    """Return log-probability and entropy of `targets` [N] given the hidden states [N, D] that predict them.
+
+    The other arguments are those of `target_logprobs`.
+    """
+    if temperature <= 0:
+        raise InputError(f"temperature: {temperature}; expected more than 0 to score tokens")
 
     def of_chunk(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         all_logprobs = F.log_softmax(vocabulary_logits(model, states) / temperature, dim=-1)
@@ -200,10 +222,10 @@ def target_logprobs(
     if chunk_tokens is None:
         chunk_tokens = max(1, _CHUNK_ELEMENTS // vocabulary_size(model))
     if len(targets) <= chunk_tokens:
-        return TargetLogprobs(*of_chunk(predicting, targets))
+        return TargetLogprobs(*of_chunk(states, targets))
     chunks = [
-        checkpoint(of_chunk, states, tokens, use_reentrant=False, preserve_rng_state=False)
-        for states, tokens in zip(predicting.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+        checkpoint(of_chunk, part, tokens, use_reentrant=False, preserve_rng_state=False)
+        for part, tokens in zip(states.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
     ]
     logprobs, entropy = zip(*chunks, strict=True)
     return TargetLogprobs(torch.cat(logprobs), torch.cat(entropy))
