@@ -110,7 +110,7 @@ def test_chunks_leave_values_as_they_are(tiny_lm):
     for chunk in (1, 4, 7, 1000):
         part = target_logprobs(lm.model, hidden, batch, chunk_tokens=chunk)
         torch.testing.assert_close(part.logprobs, whole.logprobs, atol=1e-6, rtol=0)
-        torch.testing.assert_close(part.entropy, whole.entropy, atol=1e-6, rtol=0)
+        torch.testing.assert_close(part.entropy, whole.entropy, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
