@@ -152,6 +152,38 @@ class Rating(Record):
     comparison_id: str | None = None
 
 
+class WeakLabel(Record):
+    """What a supervisor thinks of one case: the probability of class 1, or that the first of two texts is better.
+
+    Made by a weak model, by people or by a rule; `source` and `producer_id` say by whom, `parents` by which records.
+    """
+
+    case_id: str
+    p_one: float = Field(ge=0.0, le=1.0)
+    """Soft label; 0 or 1 where the supervisor only decides."""
+    logits: tuple[float, ...] | None = None
+    """As the supervisor gave them: of both classes, or the scores of both texts; None for people and rules."""
+    text: str | None = None
+    """The completion that a supervisor wrote greedily, where the label is an answer and no class."""
+    training_half: str | None = None
+    """Which data the supervisor was trained on, which never holds the case itself; None if on none."""
+
+
+class Case(NamedTuple):
+    """What is judged, without its label: a text that is of class 0 or 1, or two texts of which one is better."""
+
+    id: str
+    prompt_group_id: str
+    """Entity, passage or document; the unit of every split."""
+    texts: tuple[str, ...]
+    messages: tuple[Message, ...] = ()
+    """The conversation that the texts complete; without one they are plain text."""
+    verdicts: tuple[str, str] | None = None
+    """The words that say "class 0" and "class 1" right after the text, where a base model can be asked for them."""
+    after_record: str | None = None
+    """What follows the model's own recollection, which it writes first, up to a full stop; None: there is none."""
+
+
 class Demonstrated(NamedTuple):
     """A prompt with one demonstration."""
 
