@@ -172,7 +172,7 @@ def test_heads() -> None:
         classifier_from(lm, num_outputs=2, head="words", seed=0)
 
 
-# -------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------ training
 
 
 def test_weight_zero_is_the_naive_loss_bit_for_bit(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_pairs_are_shown_in_random_order() -> None:
         assert list(example.sequences) == encode_case(lm, one)[:: -1 if is_turned else 1]
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 def problem(cases: Sequence[Case], targets: Sequence[float], **changes: Any) -> str:
