@@ -10,7 +10,8 @@ degrees of freedom. With z the linearised ratio and MS_s, MS_g, MS_e the mean sq
 
     var(mean z) = (MS_s + MS_g - MS_e) / (S G),    df = (MS_s + MS_g - MS_e)^2 / sum over the three of MS^2 / df
 
-(one seed: the items' variance alone). `tests/evals/test_crossed.py` simulates the coverage.
+(one seed: the items' variance alone; a kind of spread that is not above the rest is put at the rest).
+`tests/evals/test_recovery.py` simulates the coverage.
 Letters: S seeds, G groups, K tables (tasks), B draws.
 """
 
@@ -81,8 +82,11 @@ def two_way_variance(residuals: Sequence[np.ndarray]) -> tuple[float, float]:
             rest = z - z.mean(axis=0) - z.mean(axis=1, keepdims=True) + z.mean()
             free = (num_seeds - 1.0) * (num_groups - 1.0)
             left = float((rest**2).sum()) / free
-            # Neither kind of spread can be below none: then what is left over is all there is of it.
-            parts = [(max(rows, left), num_seeds - 1.0), (max(columns, left), num_groups - 1.0), (-left, free)]
+            # Where rows or columns vary less than the rest would make them, they have no spread of their own, and the
+            # rest, known far better, stands for theirs. Otherwise a short interval would come with a long quantile.
+            seeds = (rows, num_seeds - 1.0) if rows > left else (left, free)
+            items = (columns, num_groups - 1.0) if columns > left else (left, free)
+            parts = [seeds, items, (-left, free)]
         variance += size * sum(square for square, _ in parts)
         below += sum((size * square) ** 2 / free for square, free in parts)
     return variance, variance**2 / below if below else 1.0
