@@ -52,6 +52,13 @@ COMMANDS: dict[str, Command] = {
     ),
     "ppo": Command("commands.ppo", "PPOCommand", "ppo", "train a policy by reward model or function", keeps_run=True),
     "dpo": Command("commands.dpo", "DPOCommand", "dpo", "train a policy on comparisons directly", keeps_run=True),
+    "classify": Command(
+        "commands.classify",
+        "ClassifyCommand",
+        "classify",
+        "train a classifier, or a linear probe, on texts with labels",
+        keeps_run=True,
+    ),
     "sample": Command("commands.use", "SampleCommand", "sample", "complete prompts with a model"),
     "score": Command("commands.use", "ScoreCommand", "score", "score completions with a reward model"),
     "evaluate": Command(
