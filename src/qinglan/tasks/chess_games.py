@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import chess
 
 MAX_PLIES = 48
-"""Half-moves of a game: with four to five tokens each they fit the base models' context of 256."""
+"""Half-moves of a game: with four tokens each, five with a mark, they fit the base models' context of 256."""
 KEY_MOVE = 3.0
 """Loss weight of a mating move."""
 IN_ONE, IN_TWO = "Mate in one:", "Mate in two:"
@@ -264,21 +264,6 @@ def mated_game(rng: random.Random, *, held_out: bool = False) -> Game:
             return game
 
 
-def mates_in_two(board: "chess.Board", move: "chess.Move") -> bool:
-    """True if every answer to the move allows a mate in one, and there is an answer."""
-    board.push(move)
-    answers = rules.legal_moves(board)
-    forced = bool(answers)
-    for answer in answers:
-        board.push(answer)
-        forced = bool(rules.mating_moves(board))
-        board.pop()
-        if not forced:
-            break
-    board.pop()
-    return forced
-
-
 # -------------------------------------------------------------------------------------------------------- documents
 
 
@@ -308,7 +293,7 @@ def chess_mate(draw: Draw) -> Document:
 def _announced(game: Game) -> int:
     """Return after how many half-moves the mate is announced: three before the end where it is forced, or one."""
     num_plies = len(game.moves)
-    if num_plies >= 3 and game.texts[-3][-1] == "+" and mates_in_two(game.board(num_plies - 3), game.moves[-3]):
+    if num_plies >= 3 and game.texts[-3][-1] == "+" and rules.mates_in_two(game.board(num_plies - 3), game.moves[-3]):
         return num_plies - 3
     return num_plies - 1
 

@@ -22,7 +22,6 @@ from qinglan.tasks.chess_games import (
     PREY,
     board_text,
     game_text,
-    mates_in_two,
     play_game,
 )
 from qinglan.tasks.item import Draw, Item, Key, user
@@ -86,23 +85,19 @@ def only_mate_in_one(board: "chess.Board") -> "chess.Move | None":
 def only_mate_in_two(board: "chess.Board") -> "chess.Move | None":
     """Return the only move that forces mate in two, if it gives check and nothing mates at once; else None."""
     checks = rules.checking_moves(board)
-    found = next((move for move in checks if board.gives_check(move) and mates_in_two(board, move)), None)
+    found = next((move for move in checks if board.gives_check(move) and rules.mates_in_two(board, move)), None)
     if found is None or rules.mating_moves(board):
         return None
     others = [move for move in rules.legal_moves(board) if move != found]
-    return None if any(mates_in_two(board, move) for move in others) else found
+    return None if any(rules.mates_in_two(board, move) for move in others) else found
 
 
 def _item(board: "chess.Board", answer: "chess.Move", text: str, kind: str, rng: random.Random) -> Item:
     others = [move for move in rules.legal_moves(board) if move != answer]
     wrong = {"wrong": _text(board, rng.choice(others))} if others else {}
-    key: Key = {
-        "fen": board.fen(),
-        "answer": _text(board, answer),
-        "kind": kind,
-        "position": rules.position_name(board),
-    }
-    return Item("chess", ("chess", kind), (user(text),), key, (key["answer"],), wrong)
+    right, position = _text(board, answer), rules.position_name(board)
+    key: Key = {"fen": board.fen(), "answer": right, "kind": kind, "position": position}
+    return Item("chess", ("chess", kind), (user(text),), key, (right,), wrong)
 
 
 def _text(board: "chess.Board", move: "chess.Move") -> str:

@@ -160,6 +160,21 @@ def mating_moves(board: "chess.Board") -> "list[chess.Move]":
     return found
 
 
+def mates_in_two(board: "chess.Board", move: "chess.Move") -> bool:
+    """True if every answer to the move allows a mate in one, and there is an answer."""
+    board.push(move)
+    answers = legal_moves(board)
+    forced = bool(answers)
+    for answer in answers:
+        board.push(answer)
+        forced = bool(mating_moves(board))
+        board.pop()
+        if not forced:
+            break
+    board.pop()
+    return forced
+
+
 def position_name(board: "chess.Board") -> str:
     """Name a position by where the pieces stand, who is to move, castling rights and en passant."""
     return " ".join(board.fen().split()[:4])
