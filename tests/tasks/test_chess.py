@@ -204,18 +204,24 @@ def test_documents_repeat_and_hold_legal_moves(kind):
                 if move[0] == "O" or move in ("1-0", "0-1"):
                     break
                 found = chess.Move.from_uci("".join(rules.MOVE.match(move).group(1, 2)) + promotion(move))
-                if board.piece_type_at(found.from_square) == chess.PAWN and found not in board.legal_moves:
+                if "x" in move and board.piece_at(found.to_square) is None:
                     break  # en passant is not named either
                 assert found in board.legal_moves, f"{move} in {text}"
                 board.push(found)
         else:
             game, _, words = plain.removeprefix("Chess: ").partition(" Board: ")
-            moves = [move for move in game.split() if move not in ("1-0", "0-1", "*", "1/2-1/2")]
-            board = replay(moves)
+            words, _, mate = words.partition(" to move: ")
+            board = replay(moves_of(game))
             if kind == "chess_mate":
                 assert board.is_checkmate() and plain.endswith("0-1" if board.turn else "1-0")
             if kind == "chess_board":
-                assert words == f"{rules.board_words(board)}."
+                side = f" {rules.side_to_move(board)}" if mate else ""
+                assert words == f"{rules.board_words(board)}.{side}"
+                assert not mate or replay(moves_of(mate), board).is_checkmate()
+
+
+def moves_of(text):
+    return [word for word in text.split() if word not in ("1-0", "0-1", "*", "1/2-1/2")]
 
 
 def promotion(move):

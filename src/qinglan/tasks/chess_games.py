@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_PLIES = 48
 """Half-moves of a game: with four tokens each, five with a mark, they fit the base models' context of 256."""
+SHORT_PLIES = 26
+"""Half-moves of a game that leave room for a board in words after them."""
 KEY_MOVE = 3.0
 """Loss weight of a mating move."""
 IN_ONE, IN_TWO = "Mate in one:", "Mate in two:"
@@ -204,8 +206,8 @@ def play_game(
         rng: draws everything.
         players: White and Black.
         max_plies: the game is broken off there.
-        held_out: False breaks the game off before a mate from a held-out position, or one that a held-out position two
-            moves before led to; True lets all games end.
+        held_out: False lets no game come to a mate from a held-out position, or from one that was held out two moves
+            before; another move is made there. True lets all games end.
     """
     board: chess.Board = rules.chess_library().Board()
     moves: list[chess.Move] = []
@@ -223,7 +225,13 @@ def play_game(
             move = choose_move(board, players[0] if board.turn else players[1], rng)
         text = rules.push_with_text(board, move)
         if text[-1] == "#" and not held_out and _gives_away(board):
-            break
+            board.pop()
+            mates = rules.mating_moves(board)
+            others = [move for move in rules.legal_moves(board) if move not in mates]
+            if not others:
+                break
+            move = rng.choice(others)
+            text = rules.push_with_text(board, move)
         moves.append(move)
         texts.append(text)
         if text[-1] == "#":
@@ -255,11 +263,11 @@ def random_game(rng: random.Random, *, max_plies: int = MAX_PLIES, held_out: boo
     return play_game(rng, players, max_plies=max_plies, held_out=held_out)
 
 
-def mated_game(rng: random.Random, *, held_out: bool = False) -> Game:
-    """Play short games until one ends in mate; nearly always the hunter mates."""
+def mated_game(rng: random.Random, *, max_plies: int = MAX_PLIES - 4, held_out: bool = False) -> Game:
+    """Play games of at most `max_plies` half-moves until one ends in mate; nearly always the hunter mates."""
     while True:
         players = (HUNTER, PREY) if rng.random() < 0.5 else (PREY, HUNTER)
-        game = play_game(rng, players, max_plies=MAX_PLIES - 4, held_out=held_out)
+        game = play_game(rng, players, max_plies=max_plies, held_out=held_out)
         if game.is_mate:
             return game
 
@@ -287,7 +295,7 @@ def chess_mate(draw: Draw) -> Document:
     """A game that ends in mate; in most, mate in one is announced, or in two where it is forced."""
     game = mated_game(draw.rng, held_out=draw.held_out)
     announced = _announced(game)
-    return _with_mate(game, game_text(game.texts[:announced]), announced, draw.rng)
+    return [Span(game_text(game.texts[:announced])), *_mate(game, announced, draw.rng)]
 
 
 def _announced(game: Game) -> int:
@@ -298,18 +306,20 @@ def _announced(game: Game) -> int:
     return num_plies - 1
 
 
-def _with_mate(game: Game, beginning: str, announced: int, rng: random.Random) -> Document:
-    """Return a beginning, announcement (not in every document), the moves from there on, and the result."""
-    spans = [Span(beginning)]
-    if rng.random() < 0.8:
-        spans.append(Span(IN_ONE if announced == len(game.moves) - 1 else IN_TWO))
-    spans.append(Span(" ".join(game.texts[announced:]), KEY_MOVE))
-    return [*spans, Span(game.result)]
+def _mate(game: Game, announced: int, rng: random.Random) -> Document:
+    """Return the announcement (in four documents of five), the moves from there on, and the result."""
+    mark = [Span(IN_ONE if announced == len(game.moves) - 1 else IN_TWO)] if rng.random() < 0.8 else []
+    return [*mark, Span(" ".join(game.texts[announced:]), KEY_MOVE), Span(game.result)]
 
 
 def chess_board(draw: Draw) -> Document:
-    """A beginning of a game, then the board that it led to, in words."""
-    game = random_game(draw.rng, max_plies=draw.rng.randrange(2, 25), held_out=draw.held_out)
+    """A beginning of a game, then the board that it led to, in words; in a third, then the mate that is there."""
+    if draw.rng.random() < 0.33:
+        game = mated_game(draw.rng, max_plies=SHORT_PLIES, held_out=draw.held_out)
+        announced = _announced(game)
+        beginning = [Span(game_text(game.texts[:announced]), GIVEN), Span(board_text(game.board(announced)))]
+        return [*beginning, *_mate(game, announced, draw.rng)]
+    game = random_game(draw.rng, max_plies=draw.rng.randrange(2, SHORT_PLIES), held_out=draw.held_out)
     return [Span(game_text(game.texts), GIVEN), Span(f"Board: {rules.board_words(game.board(len(game.moves)))}.")]
 
 
@@ -319,8 +329,7 @@ def chess_position(draw: Draw) -> Document:
     if rng.random() < 0.5:
         game = mated_game(rng, held_out=draw.held_out)
         announced = _announced(game)
-        document = _with_mate(game, board_text(game.board(announced)), announced, rng)
-        return [document[0]._replace(weight=GIVEN), *document[1:]]
+        return [Span(board_text(game.board(announced)), GIVEN), *_mate(game, announced, rng)]
     game = random_game(rng, held_out=draw.held_out)
     start = rng.randrange(4, max(5, len(game.moves) - 2))
     return [Span(board_text(game.board(start)), GIVEN), Span(" ".join(game.texts[start : start + 16]))]
