@@ -20,6 +20,8 @@ class Probe(NamedTuple):
 
     beginning: str
     passes: Callable[[str], bool]
+    max_new_tokens: int = 48
+    """Tokens that the model may write."""
 
 
 def begins_with(expected: str) -> Callable[[str], bool]:

@@ -5,6 +5,7 @@ Made by `python -m qinglan.tasks.tokenizer`; the files lie beside this module.
 """
 
 import random
+import re
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -39,15 +40,13 @@ def train_tokenizer(num_documents: int, seed: int) -> PreTrainedTokenizerFast:
         show_progress=False,
         min_frequency=3,
     )
-    marks = (PAD, BOS, EOS, USER, ASSISTANT, SYSTEM)
+    marks = "|".join(re.escape(str(token.content)) for token in special)
 
     def texts() -> list[str]:
         made = []
         for number in range(num_documents):
             text = " ".join(span.text for span in make_document(random.Random(stream_seed(seed, "tokenizer", number))))
-            for mark in marks:
-                text = text.replace(mark, "\n")
-            made += text.split("\n")
+            made += re.split(marks, text)  # line feeds stay: a program's line breaks and indentation become tokens
         return made
 
     tokenizer.train_from_iterator(texts(), trainer)
