@@ -24,10 +24,12 @@ from qinglan.evals.formatting import visible
 from qinglan.evals.instruct_gpt import HEADLINE
 from qinglan.evals.metrics import mean_with_interval, pair_accuracy, scored_pairs
 from qinglan.evals.report import headline, markdown_summary
+from qinglan.models import remote
 from qinglan.models.chat import TemplateName
 from qinglan.models.generate import SamplingConfig, sample_completions
 from qinglan.models.heads import as_scorer, load_scalar_model
 from qinglan.models.language_model import load_language_model
+from qinglan.models.server import RemoteConfig
 from qinglan.tasks.assistant import draw_prompts
 from qinglan.tasks.base_models import resolve_model
 
@@ -38,7 +40,9 @@ class SampleCommand(Config):
     """Completions of prompts by a model."""
 
     model: str
-    """A Hugging Face causal LM directory, or a size of the built-in family."""
+    """A Hugging Face causal LM directory, or a size of the built-in family; with `server`, the model's name there."""
+    server: str | None = None
+    """Address of an OpenAI-compatible server that draws the completions, such as http://localhost:8000/v1."""
     prompts: Path | None = None
     """File or folder with prompts."""
     text: str | None = None
@@ -55,26 +59,25 @@ class SampleCommand(Config):
     """Broken rows: stop and name them, or skip and count them."""
     sampling: SamplingConfig = SamplingConfig()
     """How completions are drawn."""
+    remote: RemoteConfig = RemoteConfig()
+    """How `server` is asked."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.prompts is None) == (self.text is None):
             raise ValueError('wants prompts: give either --prompts FILE or --text "..."')
+        if self.server is None and self.remote != RemoteConfig():
+            raise ValueError("remote: says how a server is asked, and there is none; add --server URL")
         return self
 
 
 def sample(config: SampleCommand, options: Options) -> CommandResult:
     """Complete prompts; equal prompts and seeds give equal completions, whatever else is in the file."""
-    prepare_process()
-    lm = load_language_model(resolve_model(config.model), Device.detect(config.device), template=config.template)
     prompts, num_skipped = [prompt_from(config.text or "")], 0
     if config.prompts is not None:
         loaded = load_prompts(config.prompts, on_bad=config.on_bad)
         prompts, num_skipped = loaded.records, len(loaded.skipped)
-    progress = Progress("sample", len(prompts) * config.num_samples, time.monotonic(), quiet=False)
-    drawn = sample_completions(
-        lm, prompts, config.sampling, seed=options.seed, num_samples=config.num_samples, progress=progress
-    )
+    drawn = draw_completions(config, prompts, options.seed)
     completions = [one for row in drawn for one in row]
     skipped = f", {num_skipped} broken rows skipped" if num_skipped else ""
     summary = f"{len(completions)} completions of {len(prompts)} prompts{skipped}"
@@ -88,6 +91,24 @@ def sample(config: SampleCommand, options: Options) -> CommandResult:
         lines += [f"  > {visible(one.text)}" for one in row]
     data["completions"] = [one.model_dump(mode="json") for one in completions]
     return CommandResult("\n".join(lines[1:]), data)
+
+
+def draw_completions(config: SampleCommand, prompts: list[Prompt], seed: int) -> list[list[Completion]]:
+    """Return the completions of prompts, as [prompt][sample], by the model or by the server."""
+    progress = Progress("sample", len(prompts) * config.num_samples, time.monotonic(), quiet=False)
+    if config.server is None:
+        prepare_process()
+        lm = load_language_model(resolve_model(config.model), Device.detect(config.device), template=config.template)
+        return sample_completions(
+            lm, prompts, config.sampling, seed=seed, num_samples=config.num_samples, progress=progress
+        )
+    asking = config.remote
+    if asking.journal is None and config.to is not None:
+        asking = asking.model_copy(update={"journal": config.to.with_name(f"{config.to.name}.requests.jsonl")})
+    model = remote.open_remote(config.server, config.model, asking)
+    return remote.sample_completions(
+        model, prompts, config.sampling, seed=seed, num_samples=config.num_samples, progress=progress
+    )
 
 
 def prompt_from(text: str) -> Prompt:

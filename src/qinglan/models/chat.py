@@ -14,6 +14,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from jinja2 import Environment
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -110,6 +111,12 @@ def make_chat_format(tokenizer: PreTrainedTokenizerBase, template: TemplateName 
     )
     seen = [source, probe_ids, chat.completion_ids(_PROBE_COMPLETION), sorted(chat.end_ids)]
     return chat._replace(render_hash=hash_of(seen))
+
+
+def plain_prompt(messages: Sequence[Message]) -> str:
+    """Return a conversation as plain text up to where the completion begins, for servers that are sent text."""
+    template = Environment().from_string(PLAIN_TEMPLATE)
+    return template.render(messages=messages, add_generation_prompt=True, eos_token="")
 
 
 def check_round_trip(chat: ChatFormat) -> None:
