@@ -98,7 +98,7 @@ def probe(monkeypatch, capsys):
     return run
 
 
-def test_defaults_and_every_kind_of_flag(probe) -> None:
+def test_defaults_and_every_kind_of_flag(probe, tmp_path) -> None:
     assert probe("f").config == Probe(file=Path("f"))
     given = probe(
         "--file", "g", "--limit", "none", "--names", "b", "-c", "--inner.no-pack", "--inner.rate=1e-3", "--kind", "y"
@@ -108,7 +108,8 @@ def test_defaults_and_every_kind_of_flag(probe) -> None:
     assert probe("f", "--limit", "-4", "--limit", "5", "--names", "--inner.pack", "false").config == Probe(
         file=Path("f"), limit=5, names=(), inner=Inner(steps=7, pack=False)
     )
-    assert probe("f", "--seed", "9", "--resume", "--out", "o").options == cli.Options(Path("o"), 9, True, False)
+    given = probe("f", "--seed", "9", "--resume", "--out", tmp_path / "o")
+    assert given.options == cli.Options(tmp_path / "o", 9, True, False)
 
 
 def test_precedence_is_defaults_preset_file_flags(probe, tmp_path) -> None:

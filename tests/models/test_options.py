@@ -59,6 +59,7 @@ def test_a_prompt_is_computed_once_and_batches_change_nothing(tiny_lm, monkeypat
     again = option_logprobs(lm, PROMPTS, OPTIONS)
     assert prefilled == [PROMPTS[0][:-1], PROMPTS[2][:-1], []]
     monkeypatch.setattr("qinglan.models.options.MAX_FORWARD_TOKENS", 16)  # two rows at a time
+    monkeypatch.setattr("qinglan.models.language_model._CHUNK_ELEMENTS", 3 * 267)  # logits of three tokens at a time
     few = option_logprobs(lm, PROMPTS[::-1], OPTIONS[::-1])[::-1]
     for other in (again, few):
         for one, two in zip(flat(whole), flat(other), strict=True):

@@ -1,9 +1,9 @@
 """A server that nobody here wrote: `transformers serve` on a base model of the family. Skipped where it cannot start.
 
 What it does (transformers 5.23): chat and completions; it ignores `n` and `logprobs` with a warning in its own log,
-refuses `top_k`, has no `/v1/models` without a cache folder, is greedy unless the model's own generation settings sample,
-whatever the temperature, leaves the stop text in the text, and returns the whole conversation where it has no parser
-for the model's chat template.
+refuses `top_k`, has no `/v1/models` without a cache folder, is greedy unless the model's own generation settings
+sample, whatever the temperature, leaves the stop text in the text, and returns the whole conversation where it has no
+parser for the model's chat template.
 """
 
 import json

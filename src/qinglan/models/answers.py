@@ -82,7 +82,7 @@ def choices_of(payload: Any, base: str) -> Answer:
     return answer.model_copy(update={"choices": sorted(answer.choices, key=lambda choice: choice.index)})
 
 
-def token_logprobs(answer: Answer, base: str) -> list[list[float]]:
+def choice_logprobs(answer: Answer, base: str) -> list[list[float]]:
     """Return the log-probabilities of every choice.
 
     Raises `InputError` where they are missing, are no log-probabilities, or are not as many as the server counts (the

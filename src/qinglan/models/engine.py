@@ -18,7 +18,7 @@ from qinglan.core.errors import InputError
 from qinglan.core.records import FinishReason
 from qinglan.core.rng import numpy_stream
 from qinglan.models.constraints import Constraint
-from qinglan.models.language_model import LanguageModel, next_token_logprobs, vocabulary_logits
+from qinglan.models.language_model import LanguageModel, token_logprobs, vocabulary_logits
 from qinglan.models.row_memory import RowMemory
 from qinglan.models.sampling import Draw, SamplingConfig, draw
 
@@ -174,8 +174,9 @@ class Engine:
         if prefix:
             states = hidden[len(prompt) - 1 : len(prompt) + len(prefix) - 1]
             tokens = torch.tensor(prefix, device=self.device)
-            logprobs = next_token_logprobs(self.lm.model, states, tokens, temperature=self.config.temperature or 1.0)
-            self.prefix_logprobs[number] = logprobs.tolist()
+            temperature = self.config.temperature or 1.0
+            scored = token_logprobs(self.lm.model, states, tokens, temperature=temperature, with_entropy=False)
+            self.prefix_logprobs[number] = scored.logprobs.tolist()
 
     def admit(self, number: int, sample: int) -> list[int]:
         """Give free slots to the samples of a request from `sample` on, and park it if there are too few."""

@@ -42,7 +42,6 @@ __all__ = [
     "hidden_states",
     "load_language_model",
     "max_context",
-    "next_token_logprobs",
     "save_language_model",
     "target_logprobs",
     "token_logprobs",
@@ -229,17 +228,6 @@ def token_logprobs(
     ]
     logprobs, entropy = zip(*chunks, strict=True)
     return TargetLogprobs(torch.cat(logprobs), torch.cat(entropy))
-
-
-def next_token_logprobs(model: PreTrainedModel, hidden: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Return the log-probabilities [N] of `tokens` [N] after states `hidden` [N, D], in chunks, without gradient."""
-    chunk_tokens = max(1, _CHUNK_ELEMENTS // vocabulary_size(model))
-    found = []
-    with torch.no_grad():
-        for states, targets in zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True):
-            logprobs = F.log_softmax(vocabulary_logits(model, states) / temperature, dim=-1)
-            found.append(logprobs.gather(-1, targets[:, None])[:, 0])
-    return torch.cat(found)
 
 
 def completion_logprobs(

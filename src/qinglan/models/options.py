@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qinglan.core.errors import InputError
 from qinglan.core.records import Prompt
-from qinglan.models.language_model import LanguageModel, max_context, next_token_logprobs
+from qinglan.models.language_model import LanguageModel, max_context, token_logprobs
 from qinglan.models.row_memory import MAX_FORWARD_TOKENS, RowMemory, make_row_memory, model_facts
 
 
@@ -113,8 +113,8 @@ def _score(
     lengths = [len(item.token_ids) for item in items]
     predicting = torch.cat([row[:length] for row, length in zip(states, lengths, strict=True)])
     targets = torch.tensor([token for item in items for token in item.token_ids], device=device)
-    logprobs = next_token_logprobs(lm.model, predicting, targets, temperature=temperature)
-    return list(logprobs.cpu().clone().split(lengths))
+    scored = token_logprobs(lm.model, predicting, targets, temperature=temperature, with_entropy=False)
+    return list(scored.logprobs.cpu().clone().split(lengths))
 
 
 def _check_items(lm: LanguageModel, prompts: Sequence[Sequence[int]], items: Sequence[_Item]) -> None:

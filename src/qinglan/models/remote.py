@@ -20,7 +20,7 @@ from qinglan.core.errors import InputError
 from qinglan.core.records import Completion, FinishReason, Message, Prompt, Sampler, record_id
 from qinglan.core.rng import stream_seed
 from qinglan.core.run import Progress
-from qinglan.models.answers import Answer, Choice, choices_of, option_logprob, token_logprobs, top_logprob
+from qinglan.models.answers import Answer, Choice, choice_logprobs, choices_of, option_logprob, top_logprob
 from qinglan.models.chat import ChatFormat, make_chat_format, plain_prompt
 from qinglan.models.directory import load_tokenizer
 from qinglan.models.sampling import SamplingConfig
@@ -216,7 +216,7 @@ async def _ask(work: _Work, prompt: Prompt, sample: int, count: int) -> list[Rem
 
     def read(payload: Any) -> list[RemoteSample]:
         answer = choices_of(payload, server.base)
-        logprobs = token_logprobs(answer, server.base) if work.with_logprobs else [None] * len(answer.choices)
+        logprobs = choice_logprobs(answer, server.base) if work.with_logprobs else [None] * len(answer.choices)
         _check_counts(server, remote, answer, body)
         return [
             RemoteSample(*_text_and_reason(choice, config.stop, server.base), values)
