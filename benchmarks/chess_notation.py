@@ -10,6 +10,7 @@ held-out position has one?
 import argparse
 import json
 import random
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,18 +43,25 @@ KINDS = ("chess_game", "chess_mate", "chess_board")
 WORDS = {"Chess:", *IN_ONE.split(), *IN_TWO.split(), "Board:"}
 
 
-def shorten(document: Document) -> Document:
-    """Rewrite the moves of a document in short algebraic notation; a board in words stays."""
+def lengthen(document: Document) -> Document:
+    """Rewrite the moves of a document in long algebraic notation without hyphens; a board in words stays.
+
+    A mate after a board goes on from the moves before it.
+    """
     board = chess.Board()
     return [
-        span if span.text.startswith("Board:") else Span(" ".join(_short(board, w) for w in span.text.split()), span[1])
+        span if span.text.startswith("Board:") else Span(" ".join(_long(board, w) for w in span.text.split()), span[1])
         for span in document
     ]
 
 
-def _short(board: chess.Board, word: str) -> str:
+def _long(board: chess.Board, word: str) -> str:
     move = None if word in WORDS else rules.read_move(board, word)
-    return word if move is None else board.san_and_push(move)
+    if move is None:
+        return word
+    text = board.lan(move).replace("-", "") if not board.is_castling(move) else board.san(move)
+    board.push(move)
+    return text
 
 
 def keep(document: Document) -> Document:
@@ -68,15 +76,16 @@ class Notation(NamedTuple):
     read: Callable[[chess.Board, str], chess.Move | None]
 
 
-def read_short(board: chess.Board, text: str) -> chess.Move | None:
-    """Return the legal move in short algebraic notation that a text begins with, or None."""
-    try:
-        return board.parse_san(text.split()[0])
-    except (ValueError, IndexError):
-        return None
+LONG_MOVE = re.compile(r"(?:O-O(?:-O)?|[NBRQK]?[a-h][1-8]x?[a-h][1-8](?:=[NBRQ])?)[+#]?(?!\w)")
 
 
-NOTATIONS = {"long": Notation(keep, rules.read_move), "short": Notation(shorten, read_short)}
+def read_long(board: chess.Board, text: str) -> chess.Move | None:
+    """Return the legal move in long algebraic notation that a text begins with, or None."""
+    found = LONG_MOVE.match(text.lstrip())
+    return None if found is None else rules.read_move(board, found[0])
+
+
+NOTATIONS = {"long": Notation(lengthen, read_long), "short": Notation(keep, rules.read_move)}
 
 
 def chess_document(rng: random.Random, notation: str) -> Document:
@@ -136,7 +145,7 @@ def cases(notation: str, count: int) -> dict[str, list[Case]]:
     rng = random.Random(stream_seed(0, "chess notation", "held out"))
     games = [random_game(rng, max_plies=rng.randrange(6, 31), held_out=True) for _ in range(2 * count)]
     legal = [
-        Case(rewritten(game_text(game.texts)), game.board(len(game.moves)), None)
+        Case(rewritten(game_text(game.texts())), game.board(len(game.moves)), None)
         for game in [game for game in games if game.result == "*"][:count]
     ]
     mates = []

@@ -6,7 +6,7 @@ rules: `chess_rules.py`. A position whose hash is held out never comes to its ma
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,9 +17,11 @@ from qinglan.tasks.item import Draw
 if TYPE_CHECKING:
     import chess
 
-MAX_PLIES = 48
-"""Half-moves of a game: with four tokens each, five with a mark, they fit the base models' context of 256."""
-SHORT_PLIES = 26
+MAX_PLIES = 64
+"""Half-moves of a game: with two to three tokens each they fit the base models' context of 256."""
+MATED_PLIES = 44
+"""Half-moves of a game that is to end in mate; many end sooner."""
+SHORT_PLIES = 36
 """Half-moves of a game that leave room for a board in words after them."""
 KEY_MOVE = 3.0
 """Loss weight of a mating move."""
@@ -53,7 +55,7 @@ PLAYERS: dict[str, Player] = {
     "attacker": Player(reckless=0.0, mates=1.0, attacks=0.6, takes=0.6, careful=0.7),
 }
 HUNTER = Player(reckless=0.0, mates=1.0, attacks=0.9, takes=0.4, careful=0.7)
-PREY = Player(reckless=0.5, mates=0.0, attacks=0.0, takes=0.3, careful=0.0)
+PREY = Player(reckless=0.6, mates=0.0, attacks=0.0, takes=0.1, careful=0.0)
 """The two sides of games that are to end in mate."""
 
 OPENINGS = (
@@ -94,14 +96,13 @@ OPENINGS = (
     "b3 e5 Bb2 Nc6 e3 Nf6 Bb5 d6 Ne2 Bd7",
     "f4 d5 Nf3 g6 e3 Bg7 Be2 Nf6 O-O O-O",
 )
-"""Known openings in short algebraic notation; games follow one for some moves, then its players are on their own."""
+"""Known openings; games follow one for some moves, then its players are on their own."""
 
 
 class Game(NamedTuple):
     """A game from the start position."""
 
     moves: "tuple[chess.Move, ...]"
-    texts: tuple[str, ...]
     result: str
     """"1-0" or "0-1" after mate, "1/2-1/2" after stalemate, "*" where it was broken off."""
 
@@ -117,6 +118,11 @@ class Game(NamedTuple):
             board.push(move)
         return board.copy(stack=False)
 
+    def texts(self) -> list[str]:
+        """Write the moves."""
+        board: chess.Board = rules.chess_library().Board()
+        return [board.san_and_push(move) for move in self.moves]
+
 
 @lru_cache(maxsize=1)
 def opening_moves() -> "tuple[tuple[chess.Move, ...], ...]":
@@ -129,8 +135,8 @@ def opening_moves() -> "tuple[tuple[chess.Move, ...], ...]":
     return tuple(lines)
 
 
-def choose_move(board: "chess.Board", player: Player, rng: random.Random) -> "chess.Move":
-    """Return the player's move in a position that has one."""
+def choose_move(board: "chess.Board", player: Player, rng: random.Random) -> "chess.Move | None":
+    """Return the player's move, or None in a position that has none."""
     chess = rules.chess_library()
     if player.reckless and rng.random() < player.reckless:
         own = board.occupied_co[board.turn]
@@ -146,7 +152,7 @@ def choose_move(board: "chess.Board", player: Player, rng: random.Random) -> "ch
     moves = rules.legal_moves(board)
     if player.careful and rng.random() < player.careful and (move := _first_safe(board, moves, rng)):
         return move
-    return rng.choice(moves)
+    return rng.choice(moves) if moves else None
 
 
 def attacking_moves(board: "chess.Board") -> "list[chess.Move]":
@@ -210,37 +216,28 @@ def play_game(
             before; another move is made there. True lets all games end.
     """
     board: chess.Board = rules.chess_library().Board()
-    moves: list[chess.Move] = []
-    texts: list[str] = []
     opening: tuple[chess.Move, ...] = ()
     if rng.random() < 0.75:
         opening = rng.choice(opening_moves())
         opening = opening[: rng.randrange(1, len(opening) + 1)]
-    result = "*"
-    while len(moves) < max_plies:
-        ply = len(moves)
+    for ply in range(max_plies):
         if ply < len(opening):
-            move = opening[ply]
-        else:
-            move = choose_move(board, players[0] if board.turn else players[1], rng)
-        text = rules.push_with_text(board, move)
-        if text[-1] == "#" and not held_out and _gives_away(board):
+            board.push(opening[ply])
+            continue
+        move = choose_move(board, players[0] if board.turn else players[1], rng)
+        if move is None:
+            return Game(tuple(board.move_stack), "1/2-1/2")
+        board.push(move)
+        if board.is_checkmate() and not held_out and _gives_away(board):
             board.pop()
             mates = rules.mating_moves(board)
             others = [move for move in rules.legal_moves(board) if move not in mates]
             if not others:
                 break
-            move = rng.choice(others)
-            text = rules.push_with_text(board, move)
-        moves.append(move)
-        texts.append(text)
-        if text[-1] == "#":
-            result = "0-1" if board.turn else "1-0"
-            break
-        if not any(board.generate_legal_moves()):
-            result = "1/2-1/2"
-            break
-    return Game(tuple(moves), tuple(texts), result)
+            board.push(rng.choice(others))
+        if board.is_checkmate():
+            return Game(tuple(board.move_stack), "0-1" if board.turn else "1-0")
+    return Game(tuple(board.move_stack), "*")
 
 
 def _gives_away(board: "chess.Board") -> bool:
@@ -263,7 +260,7 @@ def random_game(rng: random.Random, *, max_plies: int = MAX_PLIES, held_out: boo
     return play_game(rng, players, max_plies=max_plies, held_out=held_out)
 
 
-def mated_game(rng: random.Random, *, max_plies: int = MAX_PLIES - 4, held_out: bool = False) -> Game:
+def mated_game(rng: random.Random, *, max_plies: int = MATED_PLIES, held_out: bool = False) -> Game:
     """Play games of at most `max_plies` half-moves until one ends in mate; nearly always the hunter mates."""
     while True:
         players = (HUNTER, PREY) if rng.random() < 0.5 else (PREY, HUNTER)
@@ -275,7 +272,7 @@ def mated_game(rng: random.Random, *, max_plies: int = MAX_PLIES - 4, held_out: 
 # -------------------------------------------------------------------------------------------------------- documents
 
 
-def game_text(texts: tuple[str, ...]) -> str:
+def game_text(texts: Sequence[str]) -> str:
     """Return the beginning of a document about a game: its moves so far."""
     return " ".join(("Chess:", *texts))
 
@@ -288,28 +285,30 @@ def board_text(board: "chess.Board") -> str:
 def chess_game(draw: Draw) -> Document:
     """A whole game with its result."""
     game = random_game(draw.rng, held_out=draw.held_out)
-    return [Span(f"{game_text(game.texts)} {game.result}")]
+    return [Span(f"{game_text(game.texts())} {game.result}")]
 
 
 def chess_mate(draw: Draw) -> Document:
     """A game that ends in mate; in most, mate in one is announced, or in two where it is forced."""
     game = mated_game(draw.rng, held_out=draw.held_out)
     announced = _announced(game)
-    return [Span(game_text(game.texts[:announced])), *_mate(game, announced, draw.rng)]
+    return [Span(game_text(game.texts()[:announced])), *_mate(game, announced, draw.rng)]
 
 
 def _announced(game: Game) -> int:
     """Return after how many half-moves the mate is announced: three before the end where it is forced, or one."""
-    num_plies = len(game.moves)
-    if num_plies >= 3 and game.texts[-3][-1] == "+" and rules.mates_in_two(game.board(num_plies - 3), game.moves[-3]):
-        return num_plies - 3
-    return num_plies - 1
+    three_before = len(game.moves) - 3
+    if three_before >= 0:
+        board = game.board(three_before)
+        if board.gives_check(game.moves[-3]) and rules.mates_in_two(board, game.moves[-3]):
+            return three_before
+    return len(game.moves) - 1
 
 
 def _mate(game: Game, announced: int, rng: random.Random) -> Document:
     """Return the announcement (in four documents of five), the moves from there on, and the result."""
     mark = [Span(IN_ONE if announced == len(game.moves) - 1 else IN_TWO)] if rng.random() < 0.8 else []
-    return [*mark, Span(" ".join(game.texts[announced:]), KEY_MOVE), Span(game.result)]
+    return [*mark, Span(" ".join(game.texts()[announced:]), KEY_MOVE), Span(game.result)]
 
 
 def chess_board(draw: Draw) -> Document:
@@ -317,10 +316,10 @@ def chess_board(draw: Draw) -> Document:
     if draw.rng.random() < 0.33:
         game = mated_game(draw.rng, max_plies=SHORT_PLIES, held_out=draw.held_out)
         announced = _announced(game)
-        beginning = [Span(game_text(game.texts[:announced]), GIVEN), Span(board_text(game.board(announced)))]
+        beginning = [Span(game_text(game.texts()[:announced]), GIVEN), Span(board_text(game.board(announced)))]
         return [*beginning, *_mate(game, announced, draw.rng)]
     game = random_game(draw.rng, max_plies=draw.rng.randrange(2, SHORT_PLIES), held_out=draw.held_out)
-    return [Span(game_text(game.texts), GIVEN), Span(f"Board: {rules.board_words(game.board(len(game.moves)))}.")]
+    return [Span(game_text(game.texts()), GIVEN), Span(f"Board: {rules.board_words(game.board(len(game.moves)))}.")]
 
 
 def chess_position(draw: Draw) -> Document:
@@ -332,7 +331,7 @@ def chess_position(draw: Draw) -> Document:
         return [Span(board_text(game.board(announced)), GIVEN), *_mate(game, announced, rng)]
     game = random_game(rng, held_out=draw.held_out)
     start = rng.randrange(4, max(5, len(game.moves) - 2))
-    return [Span(board_text(game.board(start)), GIVEN), Span(" ".join(game.texts[start : start + 16]))]
+    return [Span(board_text(game.board(start)), GIVEN), Span(" ".join(game.texts()[start : start + 24]))]
 
 
 CHESS_MIX: dict[str, tuple[float, Callable[[Draw], Document]]] = {

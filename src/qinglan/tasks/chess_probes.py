@@ -15,7 +15,7 @@ def chess_legal_moves(draw: Draw) -> Probe:
     while game.result != "*":
         game = random_game(draw.rng, max_plies=draw.rng.randrange(6, 31), held_out=True)
     board = game.board(len(game.moves))
-    return Probe(game_text(game.texts), lambda text: rules.read_move(board, text) is not None)
+    return Probe(game_text(game.texts()), lambda text: rules.read_move(board, text) is not None)
 
 
 def chess_mate_in_one(draw: Draw) -> Probe:

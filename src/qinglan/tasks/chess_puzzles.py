@@ -18,7 +18,7 @@ from qinglan.tasks.chess_games import (
     HUNTER,
     IN_ONE,
     IN_TWO,
-    MAX_PLIES,
+    MATED_PLIES,
     PREY,
     board_text,
     game_text,
@@ -68,11 +68,11 @@ def _puzzle(draw: Draw, kind: Kind) -> Item:
     while True:
         hunter_is_white = draw.rng.random() < 0.5
         players = (hunter, PREY) if hunter_is_white else (PREY, hunter)
-        game = play_game(draw.rng, players, max_plies=MAX_PLIES - 4, held_out=True)
+        game = play_game(draw.rng, players, max_plies=MATED_PLIES, held_out=True)
         board = game.board(0)
         for ply, move in enumerate(game.moves):
             if board.turn == hunter_is_white and (answer := solve(board)) and rules.is_held_out(board) == draw.held_out:
-                return _item(board, answer, f"{game_text(game.texts[:ply])} {ANNOUNCED[kind]}", kind, draw.rng)
+                return _item(board, answer, f"{game_text(game.texts()[:ply])} {ANNOUNCED[kind]}", kind, draw.rng)
             board.push(move)
 
 
@@ -94,14 +94,10 @@ def only_mate_in_two(board: "chess.Board") -> "chess.Move | None":
 
 def _item(board: "chess.Board", answer: "chess.Move", text: str, kind: str, rng: random.Random) -> Item:
     others = [move for move in rules.legal_moves(board) if move != answer]
-    wrong = {"wrong": _text(board, rng.choice(others))} if others else {}
-    right, position = _text(board, answer), rules.position_name(board)
+    wrong = {"wrong": board.san(rng.choice(others))} if others else {}
+    right, position = board.san(answer), rules.position_name(board)
     key: Key = {"fen": board.fen(), "answer": right, "kind": kind, "position": position}
     return Item("chess", ("chess", kind), (user(text),), key, (right,), wrong)
-
-
-def _text(board: "chess.Board", move: "chess.Move") -> str:
-    return rules.push_with_text(board.copy(stack=False), move)
 
 
 # ---------------------------------------------------------------------------------------------------------- grading
