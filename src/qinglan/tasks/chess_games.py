@@ -291,8 +291,8 @@ def chess_game(draw: Draw) -> Document:
 def chess_mate(draw: Draw) -> Document:
     """A game that ends in mate; in most, mate in one is announced, or in two where it is forced."""
     game = mated_game(draw.rng, held_out=draw.held_out)
-    announced = _announced(game)
-    return [Span(game_text(game.texts()[:announced])), *_mate(game, announced, draw.rng)]
+    texts, announced = game.texts(), _announced(game)
+    return [Span(game_text(texts[:announced])), *_mate(texts[announced:], game.result, draw.rng)]
 
 
 def _announced(game: Game) -> int:
@@ -305,19 +305,19 @@ def _announced(game: Game) -> int:
     return len(game.moves) - 1
 
 
-def _mate(game: Game, announced: int, rng: random.Random) -> Document:
-    """Return the announcement (in four documents of five), the moves from there on, and the result."""
-    mark = [Span(IN_ONE if announced == len(game.moves) - 1 else IN_TWO)] if rng.random() < 0.8 else []
-    return [*mark, Span(" ".join(game.texts()[announced:]), KEY_MOVE), Span(game.result)]
+def _mate(last_moves: Sequence[str], result: str, rng: random.Random) -> Document:
+    """Return the announcement (in four documents of five), the one or three last moves, and the result."""
+    mark = [Span(IN_ONE if len(last_moves) == 1 else IN_TWO)] if rng.random() < 0.8 else []
+    return [*mark, Span(" ".join(last_moves), KEY_MOVE), Span(result)]
 
 
 def chess_board(draw: Draw) -> Document:
     """A beginning of a game, then the board that it led to, in words; in a third, then the mate that is there."""
     if draw.rng.random() < 0.33:
         game = mated_game(draw.rng, max_plies=SHORT_PLIES, held_out=draw.held_out)
-        announced = _announced(game)
-        beginning = [Span(game_text(game.texts()[:announced]), GIVEN), Span(board_text(game.board(announced)))]
-        return [*beginning, *_mate(game, announced, draw.rng)]
+        texts, announced = game.texts(), _announced(game)
+        beginning = [Span(game_text(texts[:announced]), GIVEN), Span(board_text(game.board(announced)))]
+        return [*beginning, *_mate(texts[announced:], game.result, draw.rng)]
     game = random_game(draw.rng, max_plies=draw.rng.randrange(2, SHORT_PLIES), held_out=draw.held_out)
     return [Span(game_text(game.texts()), GIVEN), Span(f"Board: {rules.board_words(game.board(len(game.moves)))}.")]
 
@@ -328,7 +328,8 @@ def chess_position(draw: Draw) -> Document:
     if rng.random() < 0.5:
         game = mated_game(rng, held_out=draw.held_out)
         announced = _announced(game)
-        return [Span(board_text(game.board(announced)), GIVEN), *_mate(game, announced, rng)]
+        mate = _mate(game.texts()[announced:], game.result, rng)
+        return [Span(board_text(game.board(announced)), GIVEN), *mate]
     game = random_game(rng, held_out=draw.held_out)
     start = rng.randrange(4, max(5, len(game.moves) - 2))
     return [Span(board_text(game.board(start)), GIVEN), Span(" ".join(game.texts()[start : start + 24]))]
