@@ -145,6 +145,26 @@ def test_ppo_against_a_function(run, model_dir, demonstrations, tmp_path, monkey
     assert report["rows"]["floor"]["value"] <= 0
 
 
+def test_every_stage_with_adapters_one_on_the_other(run, model_dir, demonstrations, comparisons, tmp_path) -> None:
+    lora = ("--training.lora.rank", 2, "--seed", 3, "--json")
+    made = {name: tmp_path / name for name in ("sft", "reward", "ppo", "dpo")}
+    directory = {name: out / "stages" / name / "model" for name, out in made.items()}
+    directory["reward"] = made["reward"] / "stages" / "reward_model" / "model"
+    commands = [
+        ("sft", "--model", model_dir("qwen2"), "--demonstrations", demonstrations, *SHORT),
+        ("reward", "--model", directory["sft"], "--comparisons", comparisons),
+        ("ppo", "--policy", directory["sft"], "--prompts", demonstrations, "--reward-model", directory["reward"],
+         *PPO_FAST),
+        ("dpo", "--model", directory["sft"], "--comparisons", comparisons, *SHORT),
+    ]  # fmt: skip
+    for name, *command in commands:
+        answer = run(name, *command, "--held-out", "0.5", *lora, "--out", made[name])
+        check_run(made[name], name, answer)
+        assert (directory[name] / "adapter_model.safetensors").is_file()
+    answer = run("sample", "--model", directory["ppo"], "--prompts", demonstrations, "--json")
+    assert answer.code == 0, answer.err
+
+
 def test_the_text_for_people_ends_with_the_paths(run, model_dir, comparisons, tmp_path) -> None:
     out = tmp_path / "run"
     answer = run("reward", "--model", model_dir(), "--comparisons", comparisons, *FAST, "--out", out)

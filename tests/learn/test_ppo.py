@@ -54,15 +54,17 @@ from qinglan.models.tokens import collate
 # ------------------------------------------------------------------------------------------------------------ learning
 
 
-@pytest.mark.parametrize(("estimator", "scorer", "name"), [
-    ("gae", count_a, "score"),
-    ("rloo", count_a, "score"),
-    ("grpo", count_a, "score"),
-    ("reinforce_pp", brevity, "finish_eos"),
+@pytest.mark.parametrize(("estimator", "value_model", "scorer", "name"), [
+    ("gae", "separate", count_a, "score"),
+    ("gae", "shared_trunk", count_a, "score"),
+    ("rloo", "separate", count_a, "score"),
+    ("grpo", "separate", count_a, "score"),
+    ("reinforce_pp", "separate", brevity, "finish_eos"),
 ])  # fmt: skip
-def test_every_estimator_learns_a_known_token_or_to_stop_and_repeats(tmp_path, estimator, scorer, name):
+def test_every_estimator_learns_a_known_token_or_to_stop_and_repeats(tmp_path, estimator, value_model, scorer, name):
     config = small(
         estimator=estimator,
+        value_model=value_model,
         num_iterations=14,
         episodes_per_iteration=64,
         minibatch_episodes=32,
@@ -174,6 +176,23 @@ def test_rule_15_and_31_killed_at_any_iteration_it_ends_bit_identical(
     assert rows_of(tmp_path) == rows_of(uninterrupted)
     assert len({row["kl_coef"] for row in rows_of(tmp_path)}) == 4
     assert (tmp_path / "samples.jsonl").read_text() == (uninterrupted / "samples.jsonl").read_text()
+
+
+def test_a_killed_run_with_a_shared_trunk_ends_bit_identical(tmp_path):
+    config = RICH.model_copy(update={"value_model": "shared_trunk"})
+    calls = []
+
+    def dying(prompts, completions):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return brevity(prompts, completions)
+
+    whole = train_rich(tmp_path / "whole", brevity, config)
+    with pytest.raises(Killed):
+        train_rich(tmp_path / "killed", dying, config)
+    assert_equal_weights(whole, train_rich(tmp_path / "killed", brevity, config))
+    assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
 
 
 def test_rule_31_kill_9_and_resume_in_another_process(tmp_path, uninterrupted):

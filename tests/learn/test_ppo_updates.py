@@ -24,6 +24,7 @@ from qinglan.core.records import Prompt
 from qinglan.learn import ppo
 from qinglan.learn.advantages import NO_MOMENTS
 from qinglan.learn.ppo import PPOConfig, make_targets, train_ppo
+from qinglan.learn.ppo_metrics import rollout_metrics
 from qinglan.learn.ppo_update import (
     Targets,
     accumulate_gradients,
@@ -73,7 +74,7 @@ def test_rule_13_large_log_ratios_are_counted_and_not_clamped():
     config = small(estimator="reinforce_pp")
     targets = make_targets(rollout, reference, [0.0], None, NO_MOMENTS, config, 1.0)
     assert targets.returns[0, 0].item() == -30.0
-    assert ppo._rollout_metrics(rollout, reference, targets, 1.0)["large_kl_share"] == 0.25
+    assert rollout_metrics(rollout, reference, targets, 1.0)["large_kl_share"] == 0.25
 
 
 def test_rule_19_the_value_clip_is_in_standard_deviations_of_the_returns():
@@ -228,3 +229,65 @@ def test_prompt_with_several_turns_is_taken(tmp_path):
     config = small(num_iterations=1)
     train_ppo(lm, lm, brevity, [prompt], config, stage=make_stage(tmp_path, "ppo"), seed=0)
     assert json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])["prompt"].startswith("user: hi\nassist")
+
+
+# ---------------------------------------------------------------------------------- a value head on the policy's trunk
+
+
+def test_a_shared_trunk_is_run_once_and_its_head_starts_at_zero():
+    lm = make_lm()
+    learners, rollout = learners_of(lm, value_model="shared_trunk"), roll(lm)
+    assert learners.value.model.base_model is learners.policy.model.base_model
+    assert [name for name, _ in learners.value_module.named_parameters()] == ["weight"]
+    assert not learners.value_module.weight.any()
+    calls = []
+    handle = learners.policy.model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    config = small(value_model="shared_trunk")
+    accumulate_gradients(learners, rollout, draw_targets(rollout), range(12), config)
+    handle.remove()
+    assert len(calls) == 1
+
+
+def test_the_gradient_of_a_shared_trunk_is_the_policys_plus_the_values_times_its_coefficient():
+    lm = make_lm()
+    rollout = roll(lm)
+    targets = draw_targets(rollout)
+    learners = learners_of(lm, value_model="shared_trunk")
+    with torch.no_grad():
+        learners.value_module.weight.copy_(torch.linspace(-1, 1, 16)[None])
+    config = small(value_model="shared_trunk", value_coef=0.3, max_tokens=60)
+    accumulate_gradients(learners, rollout, targets, range(12), config)
+    found = {name: p.grad.clone() for name, p in learners.policy.model.named_parameters()}
+    head = learners.value_module.weight.grad.clone()
+    # By hand, one sequence after the other, with the model's own forward pass.
+    learners.policy.model.zero_grad(), learners.value_module.zero_grad()
+    num_tokens = int(rollout.completion_mask.sum())
+    for row, (ids, num_prompt) in enumerate(rollout.sequences):
+        output = learners.policy.model(torch.tensor([ids]), output_hidden_states=True)
+        places = torch.arange(num_prompt - 1, len(ids) - 1)
+        logprobs = output.logits[0].log_softmax(-1)[places, torch.tensor(ids)[places + 1]]
+        values = output.hidden_states[-1][0, places] @ learners.value_module.weight[0]
+        count = len(places)
+        ratio = (logprobs - rollout.logprobs[row, :count]).exp()  # 1: no clipping
+        policy_loss = -(ratio * targets.advantages[row, :count]).sum()
+        value_loss = (values - targets.returns[row, :count]).square().sum() / 2
+        ((policy_loss + 0.3 * value_loss) / num_tokens).backward()
+    for name, p in learners.policy.model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(head, learners.value_module.weight.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_the_head_and_the_trunk_have_their_own_rates():
+    lm = make_lm()
+    rollout = roll(lm)
+    config = small(value_model="shared_trunk", learning_rate=0.0, episodes_per_iteration=12)
+    learners = learners_of(lm, value_model="shared_trunk", learning_rate=0.0)
+    before = weights_of(learners.policy)
+    update(learners, None, rollout, draw_targets(rollout), config, 0, 0, where="here")
+    assert all(torch.equal(before[name], p) for name, p in learners.policy.model.named_parameters())
+    assert learners.value_module.weight.any()
+
+
+def test_a_shared_trunk_belongs_to_gae():
+    with pytest.raises(ValueError, match="value_model shared_trunk belongs to estimator gae, not rloo"):
+        small(estimator="rloo", value_model="shared_trunk")

@@ -9,15 +9,16 @@ from transformers import AutoModelForSequenceClassification
 
 from qinglan.core.errors import InputError
 from qinglan.core.records import Completion, Message, Prompt
+from qinglan.models.adapters import LoRAConfig
 from qinglan.models.heads import (
     ScalarModel,
     as_scorer,
-    copy_scalar_model,
     last_token_scores,
     load_scalar_model,
     save_scalar_model,
     scalar_model_from,
     score_sequences,
+    start_of_training,
     token_values,
 )
 from qinglan.models.language_model import TokenSequence, hidden_states
@@ -133,7 +134,7 @@ def test_the_trunk_is_a_copy(architecture):
         lm.model.get_input_embeddings().weight.zero_()
     assert scalar.model.get_input_embeddings().weight.abs().sum() > 0
     assert not any("lm_head" in name for name in scalar.model.state_dict())
-    copy = copy_scalar_model(scalar, name="value model")
+    copy = start_of_training(scalar, LoRAConfig(), seed=0, name="value model")
     with torch.no_grad():
         scalar.model.score.weight.zero_()
     assert copy.model.score.weight.abs().sum() > 0

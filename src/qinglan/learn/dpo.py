@@ -26,10 +26,11 @@ from torch import Tensor
 from qinglan.core.config import Config
 from qinglan.core.errors import InputError
 from qinglan.core.records import ComparisonGroup, Completion, Pair, Prompt, Scorer, Source
-from qinglan.core.rng import permutation
+from qinglan.core.rng import permutation, stream_seed
 from qinglan.core.run import Stage
 from qinglan.learn.batch import make_batches
 from qinglan.learn.checks import MAX_MEAN_RATIO_ERROR
+from qinglan.learn.dropout import adapter_dropout
 from qinglan.learn.encode import encode_completion
 from qinglan.learn.losses import GroupLoss, group_policy_loss
 from qinglan.learn.optimize import (
@@ -43,13 +44,15 @@ from qinglan.learn.optimize import (
 )
 from qinglan.learn.prompt_sharing import can_share_prompt, make_tree_batch, tree_logprobs
 from qinglan.learn.reward import EncodedGroup, encode_groups, micro_batches, pair_targets
+from qinglan.models.adapters import LoRAConfig
 from qinglan.models.language_model import (
     LanguageModel,
     completion_logprobs,
-    copy_language_model,
+    end_of_training,
     hidden_states,
     load_language_model,
     save_language_model,
+    start_of_training,
     target_logprobs,
 )
 
@@ -79,6 +82,8 @@ class DPOConfig(Config):
     """Tokens in one forward pass, padding included, or one prompt's if that is more. Never changes the gradient."""
     max_length: int | None = Field(default=None, ge=2)
     """Comparisons with a longer prompt and completion, in tokens, are left out and counted; default: the context."""
+    lora: LoRAConfig = LoRAConfig()
+    """Train a low-rank adapter in place of every weight."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Updates between two checkpoints."""
 
@@ -140,7 +145,7 @@ def train_dpo(
         known = reference_logprobs(reference or start, [*examples, *valid_examples], config)
     both = with_reference([*examples, *valid_examples], known)
     examples, valid_examples = both[: len(examples)], both[len(examples) :]
-    policy = copy_language_model(start, name=stage.name)
+    policy = start_of_training(start, config.lora, seed=stream_seed(seed, "dpo", "adapter"), name=stage.name)
     optimizer = config.optimizer.make(policy.model)
     if state is None:
         found = check_start(policy, examples[: config.batch_size], config, stage.name, is_reference=reference is None)
@@ -156,7 +161,8 @@ def train_dpo(
         order = permutation(len(examples), seed, "dpo", "order", epoch)
         chosen = [examples[i] for i in order[place * config.batch_size :][: config.batch_size]]
         set_lr(optimizer, config.optimizer.lr_at(step, num_steps))
-        metrics = update(policy, optimizer, chosen, config, f"{stage.name}, step {step + 1}")
+        masks = stream_seed(seed, "dpo", "dropout", step)
+        metrics = update(policy, optimizer, chosen, config, masks, f"{stage.name}, step {step + 1}")
         if step + 1 == num_steps:
             metrics |= evaluate_groups(policy, valid_examples, config)
         stage.log(step + 1, {**metrics, "epoch": (step + 1) / steps_per_epoch})
@@ -166,6 +172,7 @@ def train_dpo(
         progress.show(step + 1, f"loss {metrics['loss']:.3f}")
 
     # 4. Result
+    policy = end_of_training(policy, config.lora)
     save_language_model(policy, directory)
     checkpointer.clear()
     return policy
@@ -352,13 +359,15 @@ def update(
     optimizer: torch.optim.Optimizer,
     groups: Sequence[EncodedGroup],
     config: DPOConfig,
+    dropout_seed: int,
     where: str,
 ) -> dict[str, float]:
     """Take one optimizer step at the rate that is set; return its metrics. Raises `InputError` if not finite."""
     optimizer.zero_grad()
     tally = Tally()
-    for part in micro_batches(groups, config.max_tokens):
-        found = policy_loss(policy, part, len(groups), config)
+    for number, part in enumerate(micro_batches(groups, config.max_tokens)):
+        with adapter_dropout(policy.model, config.lora.dropout, stream_seed(dropout_seed, number)):
+            found = policy_loss(policy, part, len(groups), config)
         found.loss.backward()
         tally = tally.add(found.tally)
     check_finite(tally.loss, "the loss", where)

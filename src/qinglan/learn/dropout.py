@@ -1,4 +1,4 @@
-"""Residual dropout for any decoder, drawn by position so that a resumed run equals an uninterrupted one.
+"""Dropout drawn by position, residual or of adapters, so that a resumed run equals an uninterrupted one.
 
 InstructGPT trains its supervised baseline with residual dropout 0.2 (appendix C.1): dropout on what each attention and
 each MLP block adds to the residual stream. GPT-2 has such layers of its own (`resid_pdrop`), Llama, Qwen and Gemma have
@@ -8,7 +8,7 @@ models' own dropout layers stay off (evaluation mode).
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,21 +41,37 @@ def residual_dropout(model: nn.Module, rate: float, seed: int) -> Iterator[None]
         rate: probability that one element is set to 0; with 0 nothing happens.
         seed: names the masks (`core.rng.stream_seed`); equal seeds and inputs give equal masks.
     """
-    if rate == 0:
+    with position_dropout(residual_blocks(model) if rate else [], rate, seed):
+        yield
+
+
+@contextmanager
+def adapter_dropout(model: nn.Module, rate: float, seed: int) -> Iterator[None]:
+    """Within the context, each forward pass drops a share `rate` of what enters the LoRA updates of `model`."""
+    layers = [m for name, m in model.named_modules() if name.endswith(".lora_dropout.default")]
+    with position_dropout(layers if rate else [], rate, seed):
+        yield
+
+
+@contextmanager
+def position_dropout(modules: Sequence[nn.Module], rate: float, seed: int) -> Iterator[None]:
+    """Within the context, drop a share `rate` of the outputs of `modules`, by masks that `seed` names."""
+    if not modules:
         yield
         return
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+    generators: dict[torch.device, torch.Generator] = {}
 
     def drop(values: Tensor) -> Tensor:
-        keep = torch.empty_like(values).bernoulli_(1.0 - rate, generator=generator)
+        if values.device not in generators:
+            generators[values.device] = torch.Generator(values.device).manual_seed(seed)
+        keep = torch.empty_like(values).bernoulli_(1.0 - rate, generator=generators[values.device])
         return values * keep / (1.0 - rate)
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        # Attention blocks return (output, attention weights or None), MLP blocks the output alone.
+        # Attention blocks return (output, attention weights or None), the others the output alone.
         return (drop(output[0]), *output[1:]) if isinstance(output, tuple) else drop(output)
 
-    handles = [block.register_forward_hook(hook) for block in residual_blocks(model)]
+    handles = [module.register_forward_hook(hook) for module in modules]
     try:
         yield
     finally:

@@ -144,8 +144,11 @@ class TrainingState(NamedTuple):
 def training_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer | None = None, prefix: str = ""
 ) -> dict[str, Tensor]:
-    """Return the weights and the optimizer's moments under names that start with `prefix`; tied weights stand once."""
-    tensors = {f"{prefix}model.{name}": p.detach() for name, p in model.named_parameters()}
+    """Return the weights that are trained and the optimizer's moments under names that start with `prefix`.
+
+    Tied weights stand once; frozen ones, those under an adapter, not at all.
+    """
+    tensors = {f"{prefix}model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     if optimizer is not None:
         for index, entry in optimizer.state_dict()["state"].items():
             tensors |= {f"{prefix}optimizer.{index}.{key}": value for key, value in entry.items()}
@@ -158,7 +161,8 @@ def restore_training(
     """Put what `training_tensors` returned back into `model` and `optimizer`, in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"{prefix}model.{name}"])
+            if parameter.requires_grad:
+                parameter.copy_(tensors[f"{prefix}model.{name}"])
     if optimizer is not None:
         head = f"{prefix}optimizer."
         state: dict[int, dict[str, Tensor]] = {}

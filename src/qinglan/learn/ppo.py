@@ -1,9 +1,9 @@
 """Proximal policy optimization of a policy against a scorer (InstructGPT, sections 3.5 and C.4; Schulman et al. 2017).
 
 A contextual bandit: one prompt, one completion, one score, and the episode ends. Token rewards are -beta (log pi -
-log pi_ref), plus the score at the last token; discount 1; GAE with a separate value model that starts as a copy of
-the reward model; clip 0.2; pretraining gradients in the same optimizer step (PPO-ptx); an average of the policy's
-weights. The same loop trains by RLOO, GRPO and REINFORCE++, which want no value model.
+log pi_ref), plus the score at the last token; discount 1; GAE with a value model that starts as a copy of the reward
+model, or is a head on the policy's trunk; clip 0.2; pretraining gradients in the same optimizer step (PPO-ptx); an
+average of the policy's weights. The same loop trains by RLOO, GRPO and REINFORCE++, which want no value model.
 
     result = train_ppo(policy, reference, scorer, prompts, PPOConfig(),
                        stage=run.stage("ppo"), seed=0, value_start=reward_model)
@@ -19,7 +19,6 @@ Legend: E episodes of an iteration, T tokens of the longest completion, N sample
 import sys
 import time
 from collections.abc import Sequence
-from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -36,9 +35,6 @@ from qinglan.learn.advantages import (
     Moments,
     adapt_kl_coef,
     estimate_advantages,
-    explained_variance,
-    kl_k1,
-    kl_k3,
     moments_of,
     token_rewards,
     whiten,
@@ -51,6 +47,7 @@ from qinglan.learn.optimize import (
     training_tensors,
 )
 from qinglan.learn.ppo_config import PPOConfig
+from qinglan.learn.ppo_metrics import rollout_metrics, score_metrics
 from qinglan.learn.ppo_update import Learners, Targets, make_learners, update
 from qinglan.learn.rollout import (
     Rollout,
@@ -67,15 +64,13 @@ from qinglan.learn.sft import PretrainSource
 from qinglan.models.heads import ScalarModel
 from qinglan.models.language_model import (
     LanguageModel,
+    end_of_training,
     load_language_model,
     max_context,
     save_language_model,
 )
 
 __all__ = ["PPOConfig", "PPOResult", "train_ppo"]
-
-LARGE_KL = 10.0
-"""A token whose log-ratio to the reference is larger, in nats, is counted; none is clamped."""
 
 
 class PPOResult(NamedTuple):
@@ -134,7 +129,7 @@ def train_ppo(
         stage: folder for checkpoints and result; a killed stage goes on from its last checkpoint, bit-identical on CPU.
         seed: decides prompts, sampling and minibatches.
         value_start: the value model starts as its copy (InstructGPT: the reward model); default: the policy's trunk
-            with a head of zeros. Read by estimator "gae" only.
+            with a head of zeros. Read by estimator "gae" with a separate value model only.
         pretrain: the pretraining corpus, by position; wanted where `ptx_coef` is above 0.
         gold: a second scorer that is only logged, to see whether the first is exploited.
         score_range: lowest and highest score that the reward model gave in its training, for an alarm.
@@ -169,9 +164,10 @@ def train_ppo(
         restore_training(learners.average, learners.policy.model, prefix="average.")
     alarms = list(controls.alarms.values())
     write_json(alarm_file, alarms)
-    save_language_model(learners.policy, directory)
+    trained = end_of_training(learners.policy, config.lora)
+    save_language_model(trained, directory)
     checkpointer.clear()
-    return PPOResult(learners.policy, alarms)
+    return PPOResult(trained, alarms)
 
 
 def run_iteration(
@@ -210,7 +206,7 @@ def run_iteration(
     scores = ask_scorer(setting.scorer, rollout.prompts, rollout.completions, what=f"{where}: the scorer")
     charged = charge_missing_eos(scores, rollout.finish_reasons, config.missing_eos, config.missing_eos_penalty)
     score_moments = controls.scores.merge(moments_of(torch.tensor(scores)))
-    metrics |= _score_metrics(setting, rollout, scores, charged, where)
+    metrics |= score_metrics(setting.gold, setting.score_range, rollout, scores, charged, where)
 
     # 4. Log-probabilities of the reference and values of all states, once for the whole rollout
     max_tokens = config.max_tokens
@@ -219,7 +215,7 @@ def run_iteration(
 
     # 5. Rewards, advantages, returns
     targets = make_targets(rollout, reference_logprobs, charged, states, score_moments, config, controls.kl_coef)
-    metrics |= _rollout_metrics(rollout, reference_logprobs, targets, controls.kl_coef)
+    metrics |= rollout_metrics(rollout, reference_logprobs, targets, controls.kl_coef)
 
     # 6. Updates
     metrics |= update(learners, setting.pretrain, rollout, targets, config, seed, iteration, where=where)
@@ -311,8 +307,8 @@ def _ptx_source(pretrain: PretrainSource | None, config: PPOConfig, stage: str) 
 
 def _save(checkpointer: Checkpointer, learners: Learners, controls: Controls, iteration: int) -> None:
     tensors = training_tensors(learners.policy.model, learners.policy_optimizer, prefix="policy.") | learners.average
-    if learners.value is not None:
-        tensors |= training_tensors(learners.value.model, learners.value_optimizer, prefix="value.")
+    if learners.value_module is not None:
+        tensors |= training_tensors(learners.value_module, learners.value_optimizer, prefix="value.")
     checkpointer.save(iteration, tensors, controls._asdict())
 
 
@@ -322,16 +318,13 @@ def _resume(checkpointer: Checkpointer, learners: Learners, controls: Controls) 
     if state is None:
         return 0, controls
     restore_training(state.tensors, learners.policy.model, learners.policy_optimizer, prefix="policy.")
-    if learners.value is not None:
-        restore_training(state.tensors, learners.value.model, learners.value_optimizer, prefix="value.")
+    if learners.value_module is not None:
+        restore_training(state.tensors, learners.value_module, learners.value_optimizer, prefix="value.")
     for name, weights in learners.average.items():
         weights.copy_(state.tensors[name])
     saved = state.values
     history = tuple(saved["history"])
     return state.step, Controls(saved["kl_coef"], Moments(*saved["scores"]), history, saved["alarms"])
-
-
-# --------------------------------------------------------------------------------------------------------- metrics
 
 
 def _settle_old_logprobs(
@@ -351,50 +344,3 @@ def _settle_old_logprobs(
     mask = rollout.completion_mask
     check_ratio(*ratio_errors(again[mask], rollout.logprobs[mask]), torch.float32, where)
     return rollout
-
-
-def _score_metrics(
-    setting: Setting, rollout: Rollout, scores: list[float], charged: list[float], where: str
-) -> dict[str, float]:
-    """Return what is logged of scores, gold scores and how completions ended; here the gold scorer is asked."""
-    known = moments_of(torch.tensor(scores))
-    metrics = {"score": known.mean, "score_std": known.std, "num_scores": len(scores)}
-    metrics["charged_score"] = fmean(charged)
-    if setting.score_range is not None:
-        low, high = setting.score_range
-        metrics["score_outside_range"] = fmean([float(not low <= score <= high) for score in scores])
-    if setting.gold is not None:
-        what = f"{where}: the gold scorer"
-        golds = torch.tensor(
-            ask_scorer(setting.gold, rollout.prompts, rollout.completions, what=what, allow_unscored=True)
-        )
-        measured = moments_of(golds, ~golds.isnan())
-        metrics["num_golds"] = measured.num_values
-        if measured.num_values:
-            metrics |= {"gold": measured.mean, "gold_std": measured.std}
-    for reason in ("eos", "stop", "length"):
-        metrics[f"finish_{reason}"] = rollout.finish_reasons.count(reason) / len(scores)
-    return metrics
-
-
-def _rollout_metrics(
-    rollout: Rollout, reference_logprobs: Float[Tensor, "E T"], targets: Targets, kl_coef: float
-) -> dict[str, float]:
-    """Return what is logged of lengths, KL (nats per completion), advantages and values."""
-    mask = rollout.completion_mask
-    k1 = torch.where(mask, kl_k1(rollout.logprobs, reference_logprobs), 0.0)
-    k3 = torch.where(mask, kl_k3(rollout.logprobs, reference_logprobs), 0.0)
-    returns = moments_of(targets.returns, mask)
-    return {
-        "kl": float(k1.sum(dim=1).mean()),
-        "kl_k3": float(k3.sum(dim=1).mean()),
-        "kl_coef": kl_coef,
-        "large_kl_share": float((k1.abs() > LARGE_KL).sum() / mask.sum()),
-        "length": float(rollout.lengths.float().mean()),
-        "length_max": float(rollout.lengths.max()),
-        "return": returns.mean,
-        "return_std": returns.std,
-        "advantage_std": moments_of(targets.advantages, mask).std,
-        "value": moments_of(targets.old_values, mask).mean,
-        "explained_variance": explained_variance(targets.old_values, targets.returns, mask),
-    }

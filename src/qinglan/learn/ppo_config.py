@@ -8,6 +8,7 @@ from qinglan.core.config import Config
 from qinglan.learn.advantages import Estimator
 from qinglan.learn.alarms import AlarmConfig
 from qinglan.learn.scoring import MissingEOS
+from qinglan.models.adapters import LoRAConfig
 from qinglan.models.generate import SamplingConfig
 
 
@@ -52,6 +53,11 @@ class PPOConfig(Config):
     """Discount per token (InstructGPT: none)."""
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     """Lambda of GAE (Stiennon et al. 2020: 0.95)."""
+    value_model: Literal["separate", "shared_trunk"] = "separate"
+    """With "gae": a model of its own (the papers), or a head on the policy's trunk, which saves a forward pass and a
+    model's memory. The head starts at zero."""
+    value_coef: float = Field(default=0.1, ge=0)
+    """Weight of the value loss in the gradient of a shared trunk (Ziegler et al. 2019: 0.1)."""
     whiten_advantages: bool = True
     """Shift and scale the advantages of "gae" to mean 0 and variance 1, once per rollout; "reinforce_pp" always
     does."""
@@ -92,6 +98,8 @@ class PPOConfig(Config):
     """Tokens in one forward pass, padding included. Changes speed and memory, never the gradient."""
     pack: bool = False
     """Put several short sequences into one row, each seeing only itself; pays where lengths differ much."""
+    lora: LoRAConfig = LoRAConfig()
+    """Train low-rank adapters of policy and value model in place of every weight."""
     checkpoint_every: int = Field(default=5, ge=1)
     """Iterations between two checkpoints."""
     samples_every: int = Field(default=5, ge=1)
@@ -150,4 +158,8 @@ class PPOConfig(Config):
             raise ValueError(f"estimator {self.estimator} compares completions: set samples_per_prompt to 2 or more")
         if self.truncated == "bootstrap" and self.estimator != "gae":
             raise ValueError(f"truncated bootstrap wants a value model: estimator gae, not {self.estimator}")
+        if self.value_model == "shared_trunk" and self.estimator != "gae":
+            raise ValueError(f"value_model shared_trunk belongs to estimator gae, not {self.estimator}")
+        if self.lora.dropout > 0:
+            raise ValueError("lora.dropout: the ratio of probabilities must start at 1 in PPO; set it to 0")
         return self

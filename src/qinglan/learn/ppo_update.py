@@ -1,7 +1,8 @@
 """The updates of PPO: gradients of a minibatch, those of pretraining in the same step, and the weights' average.
 
 One optimizer step sees a whole minibatch of episodes, however it is cut into micro-batches: losses are summed over its
-sampled tokens and divided by their number. Policy and value model share nothing; each has its optimizer and its rate.
+sampled tokens and divided by their number. Policy and value model share nothing, or the trunk; each has its optimizer
+and its rate.
 
 Legend: E episodes of an iteration, T tokens of the longest completion, N sampled tokens of a micro-batch.
 """
@@ -12,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from qinglan.core.errors import InputError
-from qinglan.core.rng import permutation
+from qinglan.core.rng import permutation, stream_seed
 from qinglan.learn.batch import make_batches
 from qinglan.learn.checks import check_ratio
 from qinglan.learn.optimize import (
@@ -30,13 +31,14 @@ from qinglan.learn.policy_losses import clipped_surrogate, value_loss
 from qinglan.learn.ppo_config import PPOConfig
 from qinglan.learn.rollout import Rollout
 from qinglan.learn.sft import PretrainSource
-from qinglan.models.heads import ScalarModel, copy_scalar_model, scalar_model_from, token_values
+from qinglan.models import heads
+from qinglan.models.heads import ScalarModel, scalar_model_from, token_values
 from qinglan.models.language_model import (
     LanguageModel,
     TokenSequence,
-    copy_language_model,
     hidden_states,
     max_context,
+    start_of_training,
     target_logprobs,
 )
 
@@ -49,6 +51,15 @@ class Learners(NamedTuple):
     value: ScalarModel | None
     value_optimizer: torch.optim.Optimizer | None
     average: dict[str, Tensor]
+    shares_trunk: bool = False
+    """True where the value model is a head on the policy's trunk."""
+
+    @property
+    def value_module(self) -> nn.Module | None:
+        """What the value model learns by itself: all of it, or its head alone where the trunk is the policy's."""
+        if self.value is None:
+            return None
+        return self.value.model.get_submodule("score") if self.shares_trunk else self.value.model
 
 
 class Targets(NamedTuple):
@@ -65,21 +76,35 @@ def make_learners(
     start: LanguageModel, value_start: ScalarModel | None, config: PPOConfig, seed: int, stage: str
 ) -> Learners:
     """Return copies of policy and value model with an optimizer each."""
-    policy = copy_language_model(start, name=stage)
+    policy = start_of_training(start, config.lora, seed=stream_seed(seed, "ppo", "adapter"), name=stage)
     policy_optimizer = make_optimizer(policy.model, config.learning_rate, betas=config.betas, eps=config.eps)
     average: dict[str, Tensor] = {}
     if config.returned == "ema":
         average = {name: weights.clone() for name, weights in training_tensors(policy.model, prefix="average.").items()}
+    learners = Learners(policy, policy_optimizer, None, None, average)
     if config.estimator != "gae":
-        return Learners(policy, policy_optimizer, None, None, average)
-    if value_start is not None:
-        value = copy_scalar_model(value_start, name=f"{stage}/value")
-    else:
-        value = scalar_model_from(policy, seed=seed)._replace(name=f"{stage}/value")
-        with torch.no_grad():  # nothing is known yet: every state is worth 0
-            value.model.get_parameter("score.weight").zero_()
-    value_optimizer = make_optimizer(value.model, config.value_learning_rate, betas=config.betas, eps=config.eps)
-    return Learners(policy, policy_optimizer, value, value_optimizer, average)
+        return learners
+    value = _make_value_model(start, policy, value_start, config, seed)._replace(name=f"{stage}/value")
+    learners = learners._replace(value=value, shares_trunk=config.value_model == "shared_trunk")
+    assert learners.value_module is not None
+    optimizer = make_optimizer(learners.value_module, config.value_learning_rate, betas=config.betas, eps=config.eps)
+    return learners._replace(value_optimizer=optimizer)
+
+
+def _make_value_model(
+    start: LanguageModel, policy: LanguageModel, value_start: ScalarModel | None, config: PPOConfig, seed: int
+) -> ScalarModel:
+    """Return a copy of `value_start`, or a trunk with a head of zeros: nothing is known yet, every state is worth 0."""
+    is_shared = config.value_model == "shared_trunk"
+    if is_shared or value_start is None:
+        lm = policy if is_shared else start
+        value_start = scalar_model_from(lm, seed=seed, trunk="same" if is_shared else "shared")
+        with torch.no_grad():
+            value_start.model.get_parameter("score.weight").zero_()
+    if is_shared:
+        return value_start
+    seed = stream_seed(seed, "ppo", "value adapter")
+    return heads.start_of_training(value_start, config.lora, seed=seed, name=value_start.name)
 
 
 class Tally(NamedTuple):
@@ -148,8 +173,8 @@ def update(
                 ptx_losses.append(accumulate_ptx_gradients(policy, pretrain(num_done * count, count), config))
             # Both models are checked before either moves.
             policy_norms.append(_gradient_norm(policy.model, config, "the policy's gradient", where))
-            if value is not None:
-                value_norms.append(_gradient_norm(value.model, config, "the value model's gradient", where))
+            if learners.value_module is not None:
+                value_norms.append(_gradient_norm(learners.value_module, config, "the value model's gradient", where))
             _take_step(learners, config)
             tally = tally.add(found)
     metrics |= tally.means() | {"grad_norm": fmean(policy_norms)}
@@ -179,16 +204,21 @@ def accumulate_gradients(
             hidden = hidden_states(policy.model, batch)
             new = target_logprobs(policy.model, hidden, batch, temperature=config.sampling.temperature)
         loss = clipped_surrogate(new.logprobs, flat(rollout.logprobs), flat(targets.advantages), config.clip)
-        total = loss.loss.sum() - config.entropy_coef * new.entropy.sum()
-        (total / num_tokens).backward()
+        total = (loss.loss.sum() - config.entropy_coef * new.entropy.sum()) / num_tokens
+        if not learners.shares_trunk:
+            total.backward()
         fitted, value_clipped = 0.0, 0.0
         if value is not None:
-            with value.device.autocast():
-                values = token_values(value, hidden_states(value.model, batch))
+            if not learners.shares_trunk:
+                with value.device.autocast():
+                    hidden = hidden_states(value.model, batch)
+            values = token_values(value, hidden)
             # The state before token t ends in token t - 1.
             before = values[:, :-1][batch.target_mask[:, 1:]]
             found = value_loss(before, flat(targets.old_values), flat(targets.returns), targets.value_clip)
-            (found.loss.sum() / num_tokens).backward()
+            value_total = found.loss.sum() / num_tokens
+            # One backward pass through a shared trunk, where the value loss has its weight; else each model its own.
+            (total + config.value_coef * value_total if learners.shares_trunk else value_total).backward()
             fitted, value_clipped = float(found.loss.detach().sum()), float(found.is_clipped.sum())
         tally = tally.add(
             Tally(
@@ -232,7 +262,7 @@ def accumulate_ptx_gradients(policy: LanguageModel, token_ids: Sequence[list[int
     return total
 
 
-def _gradient_norm(model: torch.nn.Module, config: PPOConfig, what: str, where: str) -> float:
+def _gradient_norm(model: nn.Module, config: PPOConfig, what: str, where: str) -> float:
     """Clip the gradients and return their norm before; raise `InputError` if it is not finite."""
     return check_finite(clip_gradients(model, config.max_grad_norm), f"the norm of {what}", where)
 
@@ -245,5 +275,5 @@ def _take_step(learners: Learners, config: PPOConfig) -> None:
             optimizer.zero_grad()
     with torch.no_grad():
         for name, parameter in learners.policy.model.named_parameters():
-            if learners.average:  # average = decay * average + (1 - decay) * weights
+            if learners.average and parameter.requires_grad:  # average = decay * average + (1 - decay) * weights
                 learners.average[f"average.model.{name}"].lerp_(parameter, 1 - config.ema_decay)

@@ -26,6 +26,7 @@ from qinglan.core.records import ComparisonGroup, Demonstrated, Pair, Source, pa
 from qinglan.core.rng import permutation, stream_seed
 from qinglan.core.run import Stage
 from qinglan.learn.batch import make_batches
+from qinglan.learn.dropout import adapter_dropout
 from qinglan.learn.encode import encode_completion
 from qinglan.learn.losses import PairTargets, group_ranking_loss
 from qinglan.learn.optimize import (
@@ -38,13 +39,16 @@ from qinglan.learn.optimize import (
     training_tensors,
 )
 from qinglan.learn.prompt_sharing import PromptTree, can_share_prompt, end_states, make_tree_batch
+from qinglan.models.adapters import LoRAConfig
 from qinglan.models.heads import (
     ScalarModel,
+    end_of_training,
     last_token_scores,
     load_scalar_model,
     save_scalar_model,
     scalar_model_from,
     score_sequences,
+    start_of_training,
     token_values,
 )
 from qinglan.models.language_model import LanguageModel, TokenSequence, max_context
@@ -67,6 +71,8 @@ class RewardConfig(Config):
     """Tokens in one forward pass, padding included, or one prompt's if that is more. Never changes the gradient."""
     max_length: int | None = Field(default=None, ge=2)
     """Comparisons with a longer prompt and completion, in tokens, are left out and counted; default: the context."""
+    lora: LoRAConfig = LoRAConfig()
+    """Train a low-rank adapter in place of every weight."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Updates between two checkpoints."""
 
@@ -113,7 +119,8 @@ def train_reward_model(
     num_steps = config.num_epochs * steps_per_epoch
 
     # 2. Model and state
-    scalar = scalar_model_from(start, seed=stream_seed(seed, "reward", "head"))._replace(name=stage.name)
+    untrained = scalar_model_from(start, seed=stream_seed(seed, "reward", "head"), trunk="shared")
+    scalar = start_of_training(untrained, config.lora, seed=stream_seed(seed, "reward", "adapter"), name=stage.name)
     optimizer = config.optimizer.make(scalar.model)
     checkpointer = Checkpointer(stage.dir / "checkpoints")
     state = checkpointer.load()
@@ -130,7 +137,8 @@ def train_reward_model(
         order = permutation(len(examples), seed, "reward", "order", epoch)
         chosen = [examples[i] for i in order[place * config.batch_size :][: config.batch_size]]
         set_lr(optimizer, config.optimizer.lr_at(step, num_steps))
-        metrics = update(scalar, optimizer, chosen, config, f"{stage.name}, step {step + 1}")
+        masks = stream_seed(seed, "reward", "dropout", step)
+        metrics = update(scalar, optimizer, chosen, config, masks, f"{stage.name}, step {step + 1}")
         if step + 1 == num_steps:
             metrics |= evaluate_groups(scalar, valid_examples, config)
         stage.log(step + 1, {**metrics, "epoch": (step + 1) / steps_per_epoch})
@@ -139,6 +147,7 @@ def train_reward_model(
         progress.show(step + 1, f"loss {metrics['loss']:.3f}")
 
     # 4. Result
+    scalar = end_of_training(scalar, config.lora)
     scalar = set_mean_score(scalar, demonstrations) if demonstrations else scalar
     save_scalar_model(scalar, directory)
     checkpointer.clear()
@@ -232,13 +241,16 @@ def update(
     optimizer: torch.optim.Optimizer,
     groups: Sequence[EncodedGroup],
     config: RewardConfig,
+    dropout_seed: int,
     where: str,
 ) -> dict[str, float]:
     """Take one optimizer step at the rate that is set; return its metrics. Raises `InputError` if not finite."""
     optimizer.zero_grad()
     loss, num_correct, num_decided, num_pairs = 0.0, 0.0, 0, 0
-    for part in micro_batches(groups, config.max_tokens):
-        result = group_ranking_loss(score_groups(scalar, part, config), pair_targets(part, len(groups), scalar))
+    for number, part in enumerate(micro_batches(groups, config.max_tokens)):
+        with adapter_dropout(scalar.model, config.lora.dropout, stream_seed(dropout_seed, number)):
+            scores = score_groups(scalar, part, config)
+        result = group_ranking_loss(scores, pair_targets(part, len(groups), scalar))
         result.loss.backward()
         loss += result.loss.item()
         num_correct += result.num_correct.item()

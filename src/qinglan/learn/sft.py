@@ -26,7 +26,7 @@ from qinglan.core.records import Demonstrated
 from qinglan.core.rng import permutation, stream_seed
 from qinglan.core.run import Stage
 from qinglan.learn.batch import make_batches
-from qinglan.learn.dropout import residual_dropout
+from qinglan.learn.dropout import adapter_dropout, residual_dropout
 from qinglan.learn.encode import encode_completion
 from qinglan.learn.losses import cross_entropy
 from qinglan.learn.optimize import (
@@ -39,15 +39,17 @@ from qinglan.learn.optimize import (
     set_lr,
     training_tensors,
 )
+from qinglan.models.adapters import LoRAConfig
 from qinglan.models.language_model import (
     LanguageModel,
     TokenSequence,
     completion_logprobs,
-    copy_language_model,
+    end_of_training,
     hidden_states,
     load_language_model,
     max_context,
     save_language_model,
+    start_of_training,
     target_logprobs,
 )
 
@@ -74,6 +76,8 @@ class SFTConfig(Config):
     """Tokens in one forward pass, padding included. Changes speed and memory, never the gradient."""
     max_length: int | None = Field(default=None, ge=2)
     """Demonstrations with more tokens, prompt included, are left out and counted; default: the model's context."""
+    lora: LoRAConfig = LoRAConfig()
+    """Train a low-rank adapter in place of every weight."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Updates between two checkpoints; one is also written after each epoch with a `select` function."""
 
@@ -127,7 +131,7 @@ def train_sft(
     num_steps = config.num_epochs * steps_per_epoch
 
     # 2. Student and state
-    student = copy_language_model(lm, name=stage.name)
+    student = start_of_training(lm, config.lora, seed=stream_seed(seed, "sft", "adapter"), name=stage.name)
     optimizer = config.optimizer.make(student.model)
     checkpointer = Checkpointer(stage.dir / "checkpoints")
     state = checkpointer.load()
@@ -165,6 +169,7 @@ def train_sft(
     # 4. Result
     if best.score is not None:
         restore_training(best.tensors, student.model, prefix="best.")
+    student = end_of_training(student, config.lora)
     save_language_model(student, directory)
     checkpointer.clear()
     return student
@@ -307,7 +312,8 @@ def accumulate_gradients(
     sums = torch.zeros(2, dtype=torch.float64)
     for number, batch in enumerate(make_batches(sequences, max_tokens=config.max_tokens, pack=config.pack)):
         masks = residual_dropout(lm.model, config.dropout, stream_seed(dropout_seed, number))
-        with masks, lm.device.autocast():
+        adapter_masks = adapter_dropout(lm.model, config.lora.dropout, stream_seed(dropout_seed, "adapter", number))
+        with masks, adapter_masks, lm.device.autocast():
             hidden = hidden_states(lm.model, batch)
             logprobs = target_logprobs(lm.model, hidden, batch, with_entropy=False).logprobs
         kind_of_sequence = torch.tensor([int(place.original >= len(demonstrations)) for place in batch.sequence_rows])

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model directory. Raises `InputError` where the directory or the tokenizer is absent."""
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory; expected a Hugging Face model directory")
-    if not (directory / "config.json").is_file():
+    if not any((directory / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise InputError(f"{directory}: holds no config.json; expected a Hugging Face model directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -35,10 +35,13 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_weights(auto_class: Any, directory: Path, device: Device, **config_changes: Any) -> PreTrainedModel:
+def load_weights(
+    auto_class: Any, directory: Path, device: Device, *, may_miss: Set[str] = frozenset(), **config_changes: Any
+) -> PreTrainedModel:
     """Return a model in fp32 on the device, evaluation mode, dropout 0; `auto_class` is a `transformers` Auto class.
 
-    Raises `InputError` where weights are damaged, missing, or of other shapes than the configuration says.
+    Raises `InputError` where weights are damaged, missing (but for those named in `may_miss`), or of other shapes than
+    the configuration says.
     """
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, **config_changes)
@@ -52,12 +55,16 @@ def load_weights(auto_class: Any, directory: Path, device: Device, **config_chan
             f"{directory}: cannot be opened as a model ({_first_line(error)}); the weights may be damaged: "
             "make or copy them again"
         ) from error
-    missing = sorted(str(key) for key in info["missing_keys"])
+    missing = sorted({str(key) for key in info["missing_keys"]} - may_miss)
     if missing:
         raise InputError(
             f"{directory}: {len(missing)} weights are missing ({missing[0]}, ...); expected a whole "
             f"{type(model).__name__}; choose another directory"
         )
+    for parameter in model.parameters():
+        # Out of the file's pages into memory of its own: kernels may round otherwise where weights begin at another
+        # alignment, and a resumed run must see the numbers of the model that it was never stopped with.
+        parameter.data = parameter.data.clone()
     return prepare(model.to(device.torch_device))
 
 

@@ -14,7 +14,7 @@ Shapes: B rows, T columns, D hidden units.
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,19 @@ from qinglan.core.device import Device
 from qinglan.core.errors import InputError
 from qinglan.core.records import Completion, Prompt, Scorer
 from qinglan.core.rng import stream
+from qinglan.models.adapters import (
+    LoRAConfig,
+    adapter_of,
+    is_adapter_directory,
+    load_model,
+    merged_copy,
+    notes_of,
+    save_adapter,
+    share_weights,
+    trainable_copy,
+)
 from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
-from qinglan.models.directory import load_tokenizer, load_weights, prepare, save_weights, write_model_directory
+from qinglan.models.directory import load_tokenizer, prepare, save_weights, write_model_directory
 from qinglan.models.language_model import LanguageModel, hidden_states
 from qinglan.models.tokens import TokenBatch, TokenSequence, padded_batches
 
@@ -43,8 +54,14 @@ class ScalarModel(NamedTuple):
     name: str
 
 
-def scalar_model_from(lm: LanguageModel, *, seed: int) -> ScalarModel:
-    """Return a scalar model with a copy of the trunk of `lm` and a new head, weights ~ N(0, 1/(D+1)), no bias."""
+def scalar_model_from(
+    lm: LanguageModel, *, seed: int, trunk: Literal["copy", "shared", "same"] = "copy"
+) -> ScalarModel:
+    """Return a scalar model with the trunk of `lm` and a new head, weights ~ N(0, 1/(D+1)), no bias.
+
+    The trunk is a copy, or has modules of its own over the same weights, not to be trained ("shared"), or is that of
+    `lm` itself ("same"), so that one forward pass serves both.
+    """
     config = copy.deepcopy(lm.model.config)
     config.num_labels = 1
     try:
@@ -54,7 +71,14 @@ def scalar_model_from(lm: LanguageModel, *, seed: int) -> ScalarModel:
         raise InputError(
             f"{lm.name}: {type(lm.model).__name__} has no form with a scalar head; choose another model"
         ) from error
-    setattr(model, model.base_model_prefix, copy.deepcopy(lm.model.base_model))
+    original: Any = lm.model.base_model
+    if trunk != "same":
+        original = copy.deepcopy(original) if trunk == "copy" else share_weights(original)
+    setattr(model, model.base_model_prefix, original)
+    adapter = adapter_of(lm.model)
+    if adapter is not None:
+        model.peft_config = {"default": copy.deepcopy(adapter.config)}
+        model.peft_config["default"].task_type = "SEQ_CLS"
     num_hidden = model.score.in_features
     weight = torch.randn((1, num_hidden), generator=stream(seed, "scalar head")) * (num_hidden + 1) ** -0.5
     model.score = nn.utils.skip_init(nn.Linear, num_hidden, 1, bias=False, device=lm.device.torch_device)
@@ -63,9 +87,15 @@ def scalar_model_from(lm: LanguageModel, *, seed: int) -> ScalarModel:
     return ScalarModel(prepare(model), lm.tokenizer, lm.chat, lm.device, 0.0, lm.name)
 
 
-def copy_scalar_model(scalar: ScalarModel, name: str | None = None) -> ScalarModel:
-    """Return a model with its own copy of the weights, under a new name if one is given."""
-    return scalar._replace(model=copy.deepcopy(scalar.model), name=scalar.name if name is None else name)
+def start_of_training(scalar: ScalarModel, lora: LoRAConfig, *, seed: int, name: str) -> ScalarModel:
+    """Return the model that a trainer works on: a copy, or head and adapter over its weights (`trainable_copy`)."""
+    return scalar._replace(model=trainable_copy(scalar.model, lora, seed=seed), name=name)
+
+
+def end_of_training(scalar: ScalarModel, lora: LoRAConfig) -> ScalarModel:
+    """Return the model that a trainer leaves: with `lora.merge`, its adapter is added to a copy of the weights."""
+    is_merged = lora.merge and adapter_of(scalar.model) is not None
+    return scalar._replace(model=merged_copy(scalar.model)) if is_merged else scalar
 
 
 def token_values(scalar: ScalarModel, hidden: Tensor) -> Tensor:
@@ -123,17 +153,25 @@ def as_scorer(scalar: ScalarModel, max_tokens: int = 8192) -> Scorer:
 def save_scalar_model(scalar: ScalarModel, directory: Path) -> None:
     """Write a directory that `AutoModelForSequenceClassification` opens, with offset and render hash in config.json.
 
+    A model with an adapter becomes a PEFT directory, with the head in it and those two in qinglan.json.
+
     `transformers` finds the scored token as the last one that is not padding. Where padding is an end token that
     would be the token before it, so no padding token is named then, and `transformers` takes one sequence at a time.
     """
 
     def write(part: Path) -> None:
         pad_id = None if scalar.chat.pad_id in scalar.chat.end_ids else scalar.chat.pad_id
-        scalar.model.config.qinglan = {"offset": scalar.offset, "render_hash": scalar.chat.render_hash}
-        save_weights(scalar.model, part, pad_token_id=pad_id)
+        notes = {"offset": scalar.offset, "render_hash": scalar.chat.render_hash}
         tokenizer_to_save(scalar.chat).save_pretrained(part)
+        if adapter_of(scalar.model) is not None:
+            save_adapter(scalar.model, part, notes)
+            return
+        scalar.model.config.qinglan = notes
+        save_weights(scalar.model, part, pad_token_id=pad_id)
 
     write_model_directory(directory, write)
+    if adapter_of(scalar.model) is None:
+        scalar.model.config.name_or_path = str(Path(directory).resolve())  # where the base of an adapter lies
 
 
 def load_scalar_model(path: Path | str, device: Device, *, template: TemplateName = "own") -> ScalarModel:
@@ -145,10 +183,12 @@ def load_scalar_model(path: Path | str, device: Device, *, template: TemplateNam
     directory = Path(path)
     tokenizer = load_tokenizer(directory)
     chat = make_chat_format(tokenizer, template)
-    model = load_weights(AutoModelForSequenceClassification, directory, device)
+    changes = {"num_labels": 1} if is_adapter_directory(directory) else {}
+    model = load_model(AutoModelForSequenceClassification, directory, device, **changes)
     if model.config.num_labels != 1:
         raise InputError(f"{directory}: has {model.config.num_labels} labels; expected a reward model with one")
-    saved = getattr(model.config, "qinglan", {"offset": 0.0, "render_hash": chat.render_hash})
+    notes = notes_of(directory) if changes else getattr(model.config, "qinglan", {})
+    saved = {"offset": 0.0, "render_hash": chat.render_hash, **notes}
     if saved["render_hash"] != chat.render_hash:
         raise InputError(
             f"{directory}: tokenizer or chat template are not those it was trained with (render hash "

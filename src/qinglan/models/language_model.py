@@ -26,8 +26,9 @@ from transformers import (
 
 from qinglan.core.device import Device
 from qinglan.core.errors import InputError
+from qinglan.models.adapters import LoRAConfig, adapter_of, load_model, merged_copy, save_adapter, trainable_copy
 from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
-from qinglan.models.directory import load_tokenizer, load_weights, save_weights, write_model_directory
+from qinglan.models.directory import load_tokenizer, save_weights, write_model_directory
 from qinglan.models.tokens import SequenceRow, TokenBatch, TokenSequence, collate, padded_batches
 
 __all__ = [
@@ -39,10 +40,12 @@ __all__ = [
     "check_batching",
     "completion_logprobs",
     "copy_language_model",
+    "end_of_training",
     "hidden_states",
     "load_language_model",
     "max_context",
     "save_language_model",
+    "start_of_training",
     "target_logprobs",
     "token_logprobs",
     "vocabulary_logits",
@@ -73,7 +76,7 @@ class TargetLogprobs(NamedTuple):
 
 
 def load_language_model(path: Path | str, device: Device, *, template: TemplateName = "own") -> LanguageModel:
-    """Open a Hugging Face directory as a causal model in fp32, evaluation mode, dropout 0.
+    """Open a Hugging Face directory, or a PEFT directory with its base, in fp32, evaluation mode, dropout 0.
 
     Raises `InputError` for no such directory, no tokenizer, no chat template, damaged or missing weights, and for an
     architecture that a small trial run shows is not scored exactly (OPT, Bloom, Falcon, Mamba).
@@ -81,7 +84,7 @@ def load_language_model(path: Path | str, device: Device, *, template: TemplateN
     directory = Path(path)
     tokenizer = load_tokenizer(directory)
     chat = make_chat_format(tokenizer, template)
-    model = load_weights(AutoModelForCausalLM, directory, device)
+    model = load_model(AutoModelForCausalLM, directory, device)
     if max(chat.end_ids) >= vocabulary_size(model):
         raise InputError(
             f"{directory}: the tokenizer's end token lies outside the model's vocabulary; use its own tokenizer"
@@ -92,15 +95,34 @@ def load_language_model(path: Path | str, device: Device, *, template: TemplateN
 
 
 def save_language_model(lm: LanguageModel, directory: Path) -> None:
-    """Write an ordinary Hugging Face directory; an earlier one of that name is replaced only when this one is whole."""
+    """Write an ordinary Hugging Face directory, or PEFT directory where the model has an adapter.
+
+    An earlier one of that name is replaced only when this one is whole.
+    """
 
     def write(part: Path) -> None:
+        tokenizer_to_save(lm.chat).save_pretrained(part)
+        if adapter_of(lm.model) is not None:
+            save_adapter(lm.model, part, {})
+            return
         generation = GenerationConfig(eos_token_id=sorted(lm.chat.end_ids), pad_token_id=lm.chat.pad_id)
         lm.model.generation_config = generation
         save_weights(lm.model, part, pad_token_id=lm.chat.pad_id)
-        tokenizer_to_save(lm.chat).save_pretrained(part)
 
     write_model_directory(directory, write)
+    if adapter_of(lm.model) is None:
+        lm.model.config.name_or_path = str(Path(directory).resolve())  # where the base of an adapter lies
+
+
+def start_of_training(lm: LanguageModel, lora: LoRAConfig, *, seed: int, name: str) -> LanguageModel:
+    """Return the model that a trainer works on: a copy of `lm`, or an adapter over its weights (`trainable_copy`)."""
+    return lm._replace(model=trainable_copy(lm.model, lora, seed=seed), name=name)
+
+
+def end_of_training(lm: LanguageModel, lora: LoRAConfig) -> LanguageModel:
+    """Return the model that a trainer leaves: with `lora.merge`, its adapter is added to a copy of the weights."""
+    is_merged = lora.merge and adapter_of(lm.model) is not None
+    return lm._replace(model=merged_copy(lm.model)) if is_merged else lm
 
 
 def copy_language_model(lm: LanguageModel, name: str | None = None) -> LanguageModel:
