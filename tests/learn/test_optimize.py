@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from qinglan.core.errors import InputError
@@ -171,11 +172,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caps
     assert sorted(path.name[5:13] for path in tmp_path.glob("*.safetensors")) == ["00000010", "00000015"]
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "full",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["python", "safetensors"],
+)
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, full):
     save_steps(Checkpointer(tmp_path), 10)
 
     def fail(*_args: object, **_kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise full
 
     monkeypatch.setattr("qinglan.learn.optimize.save_file", fail)
     with pytest.raises(InputError, match="No space left on device"):

@@ -18,6 +18,7 @@ done are the whole state. A loop that is killed and started again ends bit-ident
         checkpointer.save(step + 1, training_tensors(model, optimizer))
 """
 
+import errno
 import json
 import math
 import re
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -192,7 +193,14 @@ class Checkpointer:
         path = self.directory / f"step-{step:08d}.safetensors"
         flat = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         metadata = {"step": str(step), "values": json.dumps(dict(values or {}))}
-        write_atomic(path, lambda part: save_file(flat, part, metadata=metadata))
+
+        def write(part: Path) -> None:
+            try:
+                save_file(flat, part, metadata=metadata)
+            except SafetensorError as error:  # how safetensors reports a full disk
+                raise OSError(errno.EIO, str(error)) from error
+
+        write_atomic(path, write)
         # In the format of `sha256sum --check`. Written last: a checkpoint without it was never finished.
         write_text(_hash_file(path), f"{sha256_of(path)}  {path.name}\n")
         self._remove_all_but(step)
