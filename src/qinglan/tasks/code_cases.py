@@ -28,9 +28,8 @@ WORDS: tuple[str, ...] = (
     *("oboe", "open", "once", "one", "ox", "pen", "pea", "pepper", "peach", "panel"),
 )
 """Words in test inputs; none begins as an English contraction does ('s, 't, 'm, 'd, 're, 've, 'll)."""
-BUILTINS = {
-    name: getattr(builtins, name) for name in ("abs", "len", "max", "min", "range", "set", "sorted", "str", "sum")
-}
+CALLABLE = ("abs", "len", "list", "max", "min", "range", "set", "sorted", "str", "sum")
+BUILTINS = {name: getattr(builtins, name) for name in CALLABLE}
 """Everything that programs of the built-in world may call."""
 LARGEST = 99_999
 """Results beyond this make a case useless in a text."""
