@@ -12,13 +12,13 @@ from qinglan.tasks.code_cases import draw_task, failed_cases, load
 from qinglan.tasks.code_documents import (
     CODE_MIX,
     MAX_PIECES,
-    code_spans,
     constants_of,
     draw_program,
     num_pieces,
     numbered,
     read_program,
 )
+from qinglan.tasks.code_phrases import code_spans, fragments, phrases
 from qinglan.tasks.document import EOS, VERDICT, Document, Span
 from qinglan.tasks.item import Draw
 
@@ -197,6 +197,29 @@ def test_verdicts_on_programs_and_phrases_are_right() -> None:
             assert bool(failed_cases(read_program(shown), task.cases)) == (verdict == "wrong.")
             counts[verdict] += 1
     assert min(counts.values()) > 15
+
+
+def test_phrases_stand_for_their_code() -> None:
+    texts = [text_of(phrases(drawing(seed))) for seed in range(300)]
+    lines = [line for text in texts for line in text.replace("\n ", "\n").split("\n") if ": " in line]
+    said = {line.split(": ", 1)[0]: line.split(": ", 1)[1] for line in lines}
+    assert said["keep the even ones"] in ("if x % 2 == 0:", "if x % 2 != 0: continue")
+    assert said["leave out the last"] in ("xs[:-1]", "ws[:-1]") and said["return the product"] == "out = 1"
+    assert said["square each"] == "x * x" and said["for an empty list"] in ("if not xs:", "if not ws:")
+    assert any("return the product: out = 1\nout *= x\n" in text for text in texts)
+
+
+def test_expressions_in_fragments_are_judged_rightly() -> None:
+    counts = {"correct.": 0, "wrong.": 0}
+    known = {"square each": "x * x", "keep the even ones": "x % 2 == 0", "put each in capitals": "w.upper()"}
+    for seed in range(800):
+        text = text_of(fragments(drawing(seed)))
+        for phrase, shown in re.findall(r"([a-z][a-z0-9 ]+):((?: [^:]+? (?:correct|wrong)\.)+)", text):
+            for expression, verdict in re.findall(r" (.+?) (correct\.|wrong\.)", shown):
+                if phrase in known:
+                    assert (expression == known[phrase]) == (verdict == "correct."), (phrase, expression)
+                    counts[verdict] += 1
+    assert min(counts.values()) > 10
 
 
 def test_conversations_end_with_the_reply() -> None:

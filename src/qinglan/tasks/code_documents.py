@@ -1,8 +1,8 @@
 """Documents of the corpus about code: programs, their tests, verdicts, bug reports, quoted lines.
 
 A specification can hardly be predicted and counts 0.1 in the loss, code 1, and the words of code that hold a constant
-taken from the specification 3; single words in which a document's sense lies (verdicts, line numbers) count 5. These
-weights, dense verdicts and much quoting are what made small nets write, judge and quote code (`LOG.md`).
+taken from the specification 3; single words in which a document's sense lies (verdicts, line numbers) count 5. Tampered
+programs count 0.1: what stands before them does not tell that they are.
 
 Layout: "Task: <specification>", then the program from `def` on, every line ended by a line feed, then, separated by a
 space, what is said of it. `read_program` is the way back from text to a program.
@@ -15,30 +15,17 @@ from qinglan.tasks.code import CodeGrade, is_held_out, specification
 from qinglan.tasks.code_cases import CodeTask, draw_task, failed_cases, is_short, load, neighbours, outcome
 from qinglan.tasks.code_cases import is_same as is_same_result
 from qinglan.tasks.code_faults import Tampered, tamper
-from qinglan.tasks.code_operations import (
-    LETTER_FILTERS,
-    NUMBER_FILTERS,
-    NUMBER_MAPS,
-    NUMBER_POSTS,
-    PAIR_FILTERS,
-    PAIR_MAPS,
-    WORD_FILTERS,
-    WORD_MAPS,
-    Op,
-)
 from qinglan.tasks.code_oracle import expected
-from qinglan.tasks.code_styles import draw_style, inverted, write_program
+from qinglan.tasks.code_phrases import CORRECT, RESULT, SPECIFICATION, TAMPERED, WRONG, code_spans, fragments, phrases
+from qinglan.tasks.code_styles import draw_style, write_program
 from qinglan.tasks.document import ASSISTANT, EOS, USER, VERDICT, Document, Span
 from qinglan.tasks.item import Draw
 
-SPECIFICATION, COPIED, NUMBERED, RESULT = 0.1, 3.0, 0.3, 0.3
-"""Loss weights: of specifications, copied constants, programs shown to be quoted or judged, results of calls."""
-HARD_SHARE = 0.35
+HARD_SHARE = 0.3
 """Share of hard programs in documents about one program."""
 MAX_PIECES = 225
 """Documents longer than this are drawn again: with begin and end of text they fit the context of 256 tokens."""
 PIECE = re.compile(r"\d| ?[A-Za-z_]+| ?[^\sA-Za-z_\d]+|\s+")
-CORRECT, WRONG = "correct.", "wrong."
 
 
 def num_pieces(text: str) -> int:
@@ -62,23 +49,6 @@ def constants_of(task: CodeTask) -> set[str]:
     if isinstance(task.composition.fallback, int):
         found.add(str(task.composition.fallback))
     return found
-
-
-def code_spans(text: str, constants: set[str], weight: float = 1.0) -> Document:
-    """Return code as spans of equal weight; words with a constant from the specification weigh three times as much.
-
-    Spans are parted where the code has a single space, which the tokenizer puts before each span anyway: the tokens are
-    those of the undivided text.
-    """
-    spans: Document = []
-    for word in re.split(r" (?=\S)", text):
-        is_copied = any(found in constants for found in re.findall(r"\d|(?<=')[a-z]+(?=')", word))
-        weighs = weight * (COPIED if is_copied else 1.0)
-        if spans and spans[-1].weight == weighs:
-            spans[-1] = Span(f"{spans[-1].text} {word}", weighs)
-        else:
-            spans.append(Span(word, weighs))
-    return spans
 
 
 def draw_grade(draw: Draw) -> CodeGrade:
@@ -140,7 +110,7 @@ def program_with_tests(draw: Draw) -> Document:
     function = load(shown)
     spans = [
         Span(task_text(task), SPECIFICATION),
-        *code_spans(f"{shown}\n", constants_of(task), NUMBERED if tampered else 1.0),
+        *code_spans(f"{shown}\n", constants_of(task), TAMPERED if tampered else 1.0),
         Span("Tests:", SPECIFICATION),
     ]
     for case in cases:
@@ -159,54 +129,11 @@ def _is_shown(got: object) -> bool:
     return isinstance(got, int | str | list) and not isinstance(got, bool) and is_short(got)
 
 
-FRAGMENTS: tuple[tuple[dict[str, Op], str], ...] = (
-    (NUMBER_FILTERS, "x"),
-    (WORD_FILTERS, "w"),
-    (NUMBER_MAPS, "x"),
-    (WORD_MAPS, "w"),
-    (NUMBER_POSTS, "out"),
-    (PAIR_FILTERS, "x"),
-    (PAIR_MAPS, "x"),
-    (LETTER_FILTERS, "c"),
-)
-
-
-def fragments(draw: Draw) -> Document:
-    """Phrases of specifications, each with expressions and their verdicts: judging in its smallest form."""
-    rng = draw.rng
-    spans: Document = []
-    for _ in range(3):
-        table, name = rng.choice(FRAGMENTS)
-        names = [one for one in table if table[one].wordings[0]]
-        op = table[rng.choice(names)]
-        constants = op.draw_constants(rng)
-        right = op.code.format(*constants, x=name, y="y")
-        spans.append(Span(f"{rng.choice(op.wordings).format(*constants)}:", SPECIFICATION))
-        for _ in range(3):
-            shown = right if rng.random() < 0.5 else _mistaken(draw, table, op, constants, name)
-            spans += [Span(shown, NUMBERED), Span(CORRECT if shown == right else WRONG, VERDICT)]
-    return spans
-
-
-def _mistaken(draw: Draw, table: dict[str, Op], op: Op, constants: tuple[int | str, ...], name: str) -> str:
-    """Return an expression of the same table: with another constant, turned around, or another operation."""
-    rng = draw.rng
-    how = rng.random()
-    if how < 0.35 and op.pools:
-        return op.code.format(*op.draw_constants(rng), x=name, y="y")
-    if how < 0.55 and table in (NUMBER_FILTERS, WORD_FILTERS, PAIR_FILTERS, LETTER_FILTERS):
-        return inverted(op.code.format(*constants, x=name, y="y"))
-    other = table[rng.choice([one for one in table if table[one].wordings[0]])]
-    kept = [given if given in pool else rng.choice(pool) for given, pool in zip(constants, other.pools, strict=False)]
-    kept += [rng.choice(pool) for pool in other.pools[len(kept) :]]
-    return other.code.format(*kept, x=name, y="y")
-
-
 def specifications(draw: Draw) -> Document:
     """A program and several specifications, each with its verdict; wrong ones differ in one operation or constant."""
     rng = draw.rng
     task = draw_task(draw, draw_grade(draw), num_cases=12)
-    spans = [Span("Program:", SPECIFICATION), *code_spans(f"{draw_program(draw, task)}\n", set(), NUMBERED)]
+    spans = [Span("Program:", SPECIFICATION), *code_spans(f"{draw_program(draw, task)}\n", set(), TAMPERED)]
     others = [
         other
         for other in neighbours(draw, task.composition, 6)
@@ -229,7 +156,7 @@ def line_verdicts(draw: Draw) -> Document:
     fault = found.fault.line if found else 0
     spans = [Span(task_text(task), SPECIFICATION), Span("Line by line:", SPECIFICATION)]
     for number, line in enumerate((found.program if found else text).splitlines(), start=1):
-        spans += code_spans(f"{line.strip()} #", constants_of(task), NUMBERED)
+        spans += code_spans(f"{line.strip()} #", constants_of(task), TAMPERED if found else 1.0)
         spans.append(Span("wrong\n" if number == fault else "ok\n", VERDICT if number == fault else 0.4 * VERDICT))
     return spans
 
@@ -242,7 +169,7 @@ def judged_programs(draw: Draw) -> Document:
         text = draw_program(draw, task)
         found = tamper(draw, text, task.cases) if draw.rng.random() < 0.5 else None
         more = [
-            *code_spans(f"{found.program if found else text}\n", constants_of(task), NUMBERED),
+            *code_spans(f"{found.program if found else text}\n", constants_of(task), TAMPERED if found else 1.0),
             Span("Verdict:", SPECIFICATION),
             Span(WRONG if found else CORRECT, VERDICT),
         ]
@@ -285,7 +212,7 @@ def bug_report(draw: Draw) -> Document:
     shown = found.program if found else text
     return [
         Span(task_text(task), SPECIFICATION),
-        *code_spans(f"{numbered(shown) if is_numbered else shown}\n", constants_of(task), NUMBERED),
+        *code_spans(f"{numbered(shown) if is_numbered else shown}\n", constants_of(task), TAMPERED if found else 1.0),
         Span("Review:", SPECIFICATION),
         *report_spans(found, is_numbered),
     ]
@@ -299,7 +226,7 @@ def line_quotes(draw: Draw) -> Document:
     found = tamper(draw, text, task.cases)
     shown = found.program if found and rng.random() < 0.5 else text
     lines = [line.strip() for line in shown.splitlines()]
-    spans = code_spans(f"{numbered(shown) if rng.random() < 0.6 else shown}\n", set(), NUMBERED)
+    spans = code_spans(f"{numbered(shown) if rng.random() < 0.6 else shown}\n", set(), TAMPERED)
     for number in rng.sample(range(len(lines)), min(len(lines), rng.randrange(2, 5))):
         spans += [Span(f"line {number + 1}:", SPECIFICATION), Span(f"{lines[number]}\n", 1.5)]
     if found and found.fault.category != "missing_guard":
@@ -311,10 +238,11 @@ def line_quotes(draw: Draw) -> Document:
 
 
 CODE_MIX: dict[str, tuple[float, Callable[[Draw], Document]]] = {
-    "program": (0.36, fitting(program)),
-    "program_with_tests": (0.10, fitting(program_with_tests)),
-    "program_verdicts": (0.20, fitting(program_verdicts)),
-    "bug_report": (0.18, fitting(bug_report)),
-    "line_quotes": (0.16, fitting(line_quotes)),
+    "program": (0.38, fitting(program)),
+    "phrases": (0.10, fitting(phrases)),
+    "program_with_tests": (0.09, fitting(program_with_tests)),
+    "program_verdicts": (0.17, fitting(program_verdicts)),
+    "bug_report": (0.14, fitting(bug_report)),
+    "line_quotes": (0.12, fitting(line_quotes)),
 }
 """Every kind of document about code with its share among them."""

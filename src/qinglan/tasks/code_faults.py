@@ -1,8 +1,9 @@
 """Tampering: one fault put into a right program, of a category chosen first, so that tests fail.
 
-A language model tells most inserted faults by their looks (`LOG.md`), so categories are weighted towards the slips that
-trained nets make themselves: a wrong name or method, comparison, operator or constant. Every change sets one field of
-one node of the syntax tree; loop counters are left alone, so that no tampered program runs for ever.
+A language model tells many inserted faults by their looks (`evals/bug_surprisal.py` measures how many), so categories
+are weighted towards the slips that nets make themselves: a wrong name or method, comparison, operator or constant.
+Every change sets one field of one node of the syntax tree; loop counters are left alone, so that no tampered program
+runs for ever.
 """
 
 import ast
