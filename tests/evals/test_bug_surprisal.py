@@ -8,7 +8,7 @@ from qinglan.evals.bug_surprisal import Reviewed, bug_surprisal, line_surprisals
 from qinglan.models.language_model import TokenSequence
 
 TOKENIZER = make_tokenizer(bos=True)
-RIGHT = "a\nb\nc"
+RIGHT = "a\nb\nc\n"
 
 
 def scorer(surprising: dict[str, float]):
@@ -40,7 +40,7 @@ def test_hits_and_auc_by_hand() -> None:
     found = bug_surprisal(TOKENIZER, scorer({"X": 5.0, "Y": 4.0}), programs, seed=0)
     # The most surprising lines: 0.1, 0.1 of the right ones, 5 and 4 of the tampered ones: all pairs are in order.
     assert found.auc.value == 1.0 and found.hit_rate.value == 0.5 and found.hit_rate.n == 2
-    assert 0.0 <= found.chance.value <= 1.0
+    assert found.chance.value == pytest.approx(1 / 3)  # three lines each
 
 
 def test_equal_surprisal_is_no_sign() -> None:

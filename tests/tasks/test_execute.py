@@ -155,6 +155,20 @@ def test_a_killed_worker_is_replaced(sandbox: Sandbox) -> None:
     assert sandbox.run(SUM, [([1],)]).results == (1,)
 
 
+def test_an_interrupted_answer_is_not_taken_for_the_next(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    answer = sandbox._answer
+    monkeypatch.setattr(
+        sandbox, "_start", lambda: (monkeypatch.setattr(sandbox, "_answer", answer), Sandbox._start(sandbox))
+    )
+    monkeypatch.setattr(sandbox, "_answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sandbox.run(SUM, [([1],)])
+    assert sandbox.run(SUM, [([2],)]).results == (2,)
+
+
 def test_a_closed_sandbox_leaves_nothing() -> None:
     with Sandbox() as box:
         pid, folder = box.process.pid, Path(box.folder.name)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qinglan.core.rng import numpy_stream
 from qinglan.core.run import Measure
 from qinglan.evals.metrics import mean_with_interval, roc_auc
 from qinglan.models.language_model import TokenSequence
@@ -37,7 +36,7 @@ class BugSurprisal(NamedTuple):
     hit_rate: Measure
     """Share of tampered programs whose most surprising line is the faulty one."""
     chance: Measure
-    """The same for a line drawn at random."""
+    """The same for a line drawn at random: the mean of 1 / lines."""
 
 
 def line_surprisals(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], logprobs: Sequence[float]) -> list[float]:
@@ -59,24 +58,22 @@ def bug_surprisal(
         tokenizer: of the model that scores; has a token for the beginning of text.
         score: the model.
         programs: tampered ones and right ones.
-        seed: of the intervals and of the lines drawn at random.
+        seed: of the intervals.
     """
     sequences, sizes = [], []
     for one in programs:
         start = [tokenizer.bos_token_id, *tokenizer(one.beginning, add_special_tokens=False).input_ids]
-        written = tokenizer(one.program, add_special_tokens=False).input_ids
+        written = tokenizer(one.program.rstrip("\n"), add_special_tokens=False).input_ids
         sequences.append(TokenSequence([*start, *written], len(start)))
         sizes.append(written)
     surprisals = [
         line_surprisals(tokenizer, ids, values.tolist()) for ids, values in zip(sizes, score(sequences), strict=True)
     ]
-    rng = numpy_stream(seed, "bug surprisal")
     is_tampered = [float(one.faulty_line > 0) for one in programs]
     faulty = [(one.faulty_line - 1, lines) for one, lines in zip(programs, surprisals, strict=True) if one.faulty_line]
     hits = [float(max(range(len(lines)), key=lines.__getitem__) == line) for line, lines in faulty]
-    drawn = [float(int(rng.integers(len(lines))) == line) for line, lines in faulty]
     return BugSurprisal(
         roc_auc([max(lines) for lines in surprisals], is_tampered, seed=seed),
         mean_with_interval(hits, seed=seed, unit="rate"),
-        mean_with_interval(drawn, seed=seed, unit="rate"),
+        mean_with_interval([1 / len(lines) for _, lines in faulty], seed=seed, unit="rate"),
     )

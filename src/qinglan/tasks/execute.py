@@ -18,6 +18,7 @@ own.
 """
 
 import ast
+import atexit
 import json
 import os
 import select
@@ -123,10 +124,13 @@ class Sandbox:
             "max_bytes": self.max_bytes,
             "max_output": MAX_OUTPUT,
         }
-        answer = self._ask(json.dumps(request))
+        try:
+            answer = self._ask(json.dumps(request))
+        except BaseException:  # interrupted: the answer to this request must not be taken for that to the next
+            self._restart()
+            raise
         if answer is None:  # the worker itself is gone or silent: nothing of it is trusted any more
-            self._stop()
-            self._start()
+            self._restart()
             return Execution("failed", "crash", ())
         results = tuple(_decoded(value) if ok else Failure(str(value)) for ok, value in answer["results"])
         if answer["status"] == "ran" and len(results) == len(calls):
@@ -149,6 +153,10 @@ class Sandbox:
             self._stop()
             raise InputError(f"sandbox: {sys.executable} did not start {WORKER.name}; programs can not be run here")
         self.is_sealed = bool(hello["sealed"])
+
+    def _restart(self) -> None:
+        self._stop()
+        self._start()
 
     def _stop(self) -> None:
         if self.process.poll() is None:
@@ -202,5 +210,7 @@ def shared_sandbox() -> Sandbox:
 
 
 @cache
-def _sandbox_of(_: int) -> Sandbox:
-    return Sandbox()
+def _sandbox_of(process: int) -> Sandbox:
+    sandbox = Sandbox()
+    atexit.register(lambda: sandbox.close() if os.getpid() == process else None)
+    return sandbox
