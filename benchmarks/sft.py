@@ -1,0 +1,117 @@
+"""Supervised fine-tuning on lengths as in real chat data: ours against TRL's `SFTTrainer`, packing and not.
+
+32 demonstrations in one optimizer step; tokens are those of prompts and completions, padding not counted. The headline
+is against packing, the peer's own answer to ragged lengths; `against_unpacked` is against its best setting without.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.workloads import Workload
+
+UNIT = "tokens per second"
+PEER_NAME = "TRL 1.16 SFTTrainer with packing"
+MUST_REACH, AIM = 2.5, 4.0
+STEP_SEQUENCES = 32
+BLOCK = {"llama": 1024, "mini": 256}
+OURS: dict[str, list[dict[str, Any]]] = {
+    setting: [
+        {"pack": pack, "max_tokens": tokens} for pack in (True, False) for tokens in (1024, 4096)
+    ]
+    for setting in ("llama", "mini")
+}
+PEER: dict[str, list[dict[str, Any]]] = {
+    "llama": [
+        {"packing": "bfd", "batch": 1},
+        {"packing": "bfd", "batch": 4},
+        {"packing": "bfd_split", "batch": 1},
+        {"packing": "wrapped", "batch": 1},
+        {"packing": "wrapped", "batch": 4},
+    ],
+    "mini": [
+        {"packing": "bfd", "batch": 1},
+        {"packing": "bfd", "batch": 8},
+        {"packing": "wrapped", "batch": 8},
+        {"packing": "wrapped", "batch": 32},
+    ],
+}
+UNPACKED: list[dict[str, Any]] = [
+    {"batch": 32},
+    {"batch": 8},
+    {"batch": 8, "by_length": True},
+    {"batch": 4, "by_length": True},
+]
+NUM_CHATS = {"llama": 32, "mini": 192}
+
+
+def ours(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], float]]:
+    """Return slices of `train_sft`."""
+    from qinglan.learn.sft import SFTConfig, train_sft
+
+    from benchmarks.ours import demonstrations, load, new_stage
+
+    start = load(work)
+    chats = work.data["chats"][: NUM_CHATS[work.setting]]
+    data = demonstrations(chats)
+    num_tokens = sum(len(chat["prompt_ids"]) + len(chat["completion_ids"]) for chat in chats)
+    config = SFTConfig(
+        num_epochs=1, batch_size=STEP_SEQUENCES, pack=options["pack"], max_tokens=options["max_tokens"]
+    )
+
+    def make_slice() -> Callable[[], float]:
+        stage, folder = new_stage()
+
+        def run() -> float:
+            train_sft(start, data, config, stage=stage, seed=0)
+            folder.cleanup()
+            return float(num_tokens)
+
+        return run
+
+    return make_slice
+
+
+def peer(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], float]]:
+    """Return slices of `SFTTrainer.train`, one epoch over the same chats."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from benchmarks.trl_side import arguments, causal_model, tokenizer_of
+
+    model, tokenizer = causal_model(work), tokenizer_of(work)
+    chats = work.data["chats"][: NUM_CHATS[work.setting]]
+    rows = [
+        {
+            "input_ids": chat["prompt_ids"] + chat["completion_ids"],
+            "completion_mask": [0] * len(chat["prompt_ids"]) + [1] * len(chat["completion_ids"]),
+        }
+        for chat in chats
+    ]
+    num_tokens = sum(len(row["input_ids"]) for row in rows)
+    changes: dict[str, Any] = {"per_device_train_batch_size": options["batch"], "completion_only_loss": True}
+    # With packing a step sees as many blocks as hold about 32 demonstrations.
+    blocks = max(1, round(num_tokens / len(rows) * STEP_SEQUENCES / BLOCK[work.setting]))
+    per_step = blocks if options.get("packing") else STEP_SEQUENCES
+    changes |= {"gradient_accumulation_steps": max(1, per_step // options["batch"])}
+    if options.get("packing"):
+        changes |= {"packing": True, "packing_strategy": options["packing"], "max_length": BLOCK[work.setting]}
+    else:
+        changes["max_length"] = None
+    if options.get("by_length"):
+        changes["train_sampling_strategy"] = "group_by_length"
+
+    def make_slice() -> Callable[[], float]:
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(**arguments(**changes)),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+
+        def run() -> float:
+            trainer.train()
+            return float(num_tokens)
+
+        return run
+
+    return make_slice
