@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test check format clean
+.PHONY: setup quickstart bench test check format clean
 
 setup: $(VENV)/.ready
 
@@ -15,6 +15,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 quickstart: setup
 	$(BIN)/qinglan quickstart --out runs/quickstart --resume
+
+bench: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	$(BIN)/python -m pytest tests/bench
+	$(BIN)/python -m benchmarks
 
 test: setup
 	$(BIN)/python -m pytest

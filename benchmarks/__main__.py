@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.harness import ROOT, TUNING, compare, report, tune
+from benchmarks.harness import ROOT, compare, report, tune
 from benchmarks.peers import python_of_this_environment, python_with_old_trl
 from benchmarks.workloads import SETTINGS, prepare
 
@@ -21,8 +21,11 @@ def main() -> None:
     parser.add_argument("jobs", nargs="*", metavar="JOB", help=f"of {', '.join(JOBS + ALONE)}; default: all")
     parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=SETTINGS)
     parser.add_argument("--pairs", type=int, default=6, help="slices of each side, by turns")
-    parser.add_argument("--tune", choices=("always", "missing", "only"), default="always", help="try all settings first")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side; default: cores")
+    modes = {"always": "try every setting", "missing": "those not tried", "only": "and stop there"}
+    parser.add_argument(
+        "--tune", choices=modes, default="always", help=str(modes)
+    )
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="models, data and logs")
     chosen = parser.parse_args()
     unknown = set(chosen.jobs) - set(JOBS + ALONE)
@@ -39,8 +42,7 @@ def main() -> None:
             if not (folder / "workload.json").is_file():
                 folder.mkdir(parents=True, exist_ok=True)
                 prepare(setting, folder)
-            if chosen.tune != "missing" or not (TUNING / f"{job}-{setting}.json").is_file():
-                tune(job, setting, folder, lambda side, job=job: python_of(job, side))
+            tune(job, setting, folder, lambda side, job=job: python_of(job, side), again=chosen.tune == "always")
             if chosen.tune != "only":
                 found[setting] = compare(job, setting, folder, chosen.pairs, lambda side, job=job: python_of(job, side))
         if found:

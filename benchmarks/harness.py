@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import select
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TUNING = RESULTS / "tuning"
+PATIENCE = float(os.environ.get("QINGLAN_BENCH_PATIENCE", "300"))
+"""Longest slice, in seconds; a peer's setting that takes longer counts as failed."""
 
 
 class Slice(NamedTuple):
@@ -61,8 +64,13 @@ class Side:
 
     def read(self) -> dict[str, Any]:
         """Return the next answer; stop with the end of the log where there is none."""
-        line = self.answers.readline()
+        ready, _, _ = select.select([self.answers], [], [], PATIENCE)
+        line = self.answers.readline() if ready else ""
         if not line:
+            if not ready:
+                self.process.kill()
+                self.process.wait()
+                raise SystemExit(f"benchmarks: {self.log.stem}: a slice took more than {PATIENCE} seconds")
             self.process.wait()
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
             raise SystemExit(f"benchmarks: {self.log.stem} failed:\n{tail}")
@@ -105,13 +113,19 @@ def ratio_of(ours: Sequence[float], peer: Sequence[float]) -> Ratio:
     return Ratio(float(np.median(first) / np.median(second)), float(low), float(high))
 
 
-def tune(job: str, setting: str, folder: Path, python_of: Callable[[str], str]) -> None:
-    """Try every candidate setting of both sides once; write the rates and the best of each side."""
+def tune(job: str, setting: str, folder: Path, python_of: Callable[[str], str], *, again: bool) -> None:
+    """Try every candidate setting of both sides once; write the rates and the best of each side.
+
+    The best is the fastest in fp32 that computes the same as the other side ("differs" names what does not). Without
+    `again` what was tried before stays.
+    """
     module = importlib.import_module(f"benchmarks.{job}")
-    found: dict[str, Any] = {"load_average": os.getloadavg(), "threads": int(os.environ["OMP_NUM_THREADS"])}
+    path = TUNING / f"{job}-{setting}.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if again is False and path.is_file() else {}
+    found: dict[str, Any] = {"load_average": os.getloadavg(), "threads": int(os.environ["OMP_NUM_THREADS"])} | earlier
     for name, candidates in (("ours", module.OURS[setting]), ("peer", module.PEER[setting])):
-        tried = []
-        for options in candidates:
+        tried = found.get(name, {}).get("tried", [])
+        for options in [one for one in candidates if one not in [done["options"] for done in tried]]:
             try:
                 side = Side(job, name, folder, options, python_of(name))
                 measured = side.run()
@@ -121,17 +135,16 @@ def tune(job: str, setting: str, folder: Path, python_of: Callable[[str], str]) 
                 rates = {"failed": str(error).splitlines()[-1]}
             tried.append({"options": options, **rates})
             print(f"  {job}/{setting} {name} {json.dumps(options)}: {rates}", file=sys.stderr, flush=True)
-        working = [one for one in tried if "rate" in one]
-        found[name] = {"tried": tried, "best": max(working, key=lambda one: one["cpu_rate"])["options"]}
-    write(TUNING / f"{job}-{setting}.json", found)
+            working = [one for one in tried if "rate" in one and not one["options"].keys() & {"bf16", "differs"}]
+            best = max(working, key=lambda one: one["cpu_rate"])["options"] if working else None
+            found[name] = {"tried": tried, "best": best}
+            write(path, found)
 
 
 def compare(job: str, setting: str, folder: Path, pairs: int, python_of: Callable[[str], str]) -> dict[str, Any]:
     """Run both sides by turns with the best settings that `tune` found; return what is written about them."""
     tuned = json.loads((TUNING / f"{job}-{setting}.json").read_text(encoding="utf-8"))
-    sides = {
-        name: Side(job, name, folder, dict(tuned[name]["best"]), python_of(name)) for name in ("ours", "peer")
-    }
+    sides = {name: Side(job, name, folder, dict(tuned[name]["best"]), python_of(name)) for name in ("ours", "peer")}
     for side in sides.values():  # warm-up
         side.run()
     slices: dict[str, list[Slice]] = {"ours": [], "peer": []}
@@ -178,9 +191,10 @@ def report(job: str, by_setting: dict[str, dict[str, Any]]) -> None:
     settings = {"peer": module.PEER_NAME, "must_reach": module.MUST_REACH, "aim": module.AIM, **machine()}
     write(path, head | {"cpu_ratio": first["cpu_ratio"], "settings": settings, "by_setting": every})
     for setting, found in by_setting.items():
+        ratio = found["ratio"]
         print(
-            f"{job}/{setting}: {found['ratio']['value']:.2f}x [{found['ratio']['low']:.2f}, {found['ratio']['high']:.2f}] "
-            f"by wall clock, {found['cpu_ratio']['value']:.2f}x by CPU; memory {found['memory_ratio']:.2f}x of the "
+            f"{job}/{setting}: {ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}] by wall clock, "
+            f"{found['cpu_ratio']['value']:.2f}x by CPU; memory {found['memory_ratio']:.2f}x of the "
             f"peer's; {found['ours']['median']:.4g} against {found['peer']['median']:.4g} {module.UNIT}",
             flush=True,
         )

@@ -4,14 +4,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.workloads import Workload
 from qinglan.core.config import Config
 from qinglan.core.device import Device
 from qinglan.core.records import Comparison, ComparisonGroup, Completion, Demonstrated, Demonstration, Message, Prompt
 from qinglan.core.records import Ranking as RankingLabel
 from qinglan.core.run import Run, Stage
 from qinglan.models.language_model import LanguageModel, load_language_model
-
-from benchmarks.workloads import Workload
 
 
 class Nothing(Config):

@@ -1,7 +1,7 @@
 """The peers' environments.
 
-TRL 1.16 runs beside the pinned transformers, by the extra `bench`. TRL 0.24 is the last line with a usable PPO and wants
-transformers 4.57, so it gets a virtual environment of its own under the user's cache, made on first use.
+TRL 1.16 runs beside the pinned transformers, by the extra `bench`. TRL 0.24 is the last line with a usable PPO and
+wants transformers 4.57, so it gets a virtual environment of its own under the user's cache, made on first use.
 """
 
 import os
@@ -17,7 +17,7 @@ def python_of_this_environment() -> str:
     try:
         import trl
     except ImportError as error:
-        raise SystemExit("benchmarks: TRL is missing here; install the peers with: pip install -e '.[bench]'") from error
+        raise SystemExit("benchmarks: TRL is missing; install the peers with: pip install -e '.[bench]'") from error
     if not trl.__version__.startswith("1."):
         raise SystemExit(f"benchmarks: found TRL {trl.__version__}, expected 1.16; pip install -e '.[bench]'")
     return sys.executable

@@ -16,21 +16,20 @@ EPISODES, MINIBATCH, EPOCHS, NEW_TOKENS = 32, 16, 4, 64
 USES_OLD_TRL = True
 OURS: dict[str, list[dict[str, Any]]] = {
     "llama": [{"max_tokens": 2048}, {"max_tokens": 8192}],
-    "mini": [{"max_tokens": 2048}, {"max_tokens": 8192}],
+    "mini": [{"max_tokens": 2048}],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
-    "llama": [{"forward": 32}, {"forward": 16}, {"forward": 8}],
+    "llama": [{"forward": 32}, {"forward": 8}],
     "mini": [{"forward": 32}, {"forward": 8}],
 }
 
 
 def ours(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], float]]:
     """Return slices of `train_ppo` with a reward model as the scorer and a value model that starts from it."""
+    from benchmarks.ours import load, new_stage, prompt_record
     from qinglan.learn.ppo import PPOConfig, train_ppo
     from qinglan.models.generate import SamplingConfig
     from qinglan.models.heads import as_scorer, scalar_model_from
-
-    from benchmarks.ours import load, new_stage, prompt_record
 
     policy = load(work)
     reference = load(work)

@@ -15,22 +15,26 @@ PEER_NAME = "TRL 1.16 RewardTrainer"
 MUST_REACH, AIM = 8.0, 20.0
 PROMPTS_PER_STEP = 4
 OURS = {
-    setting: [{"max_tokens": 2048, "num_prompts": 16}, {"max_tokens": 8192, "num_prompts": 16}]
-    for setting in ("llama", "mini")
+    "llama": [
+        {"max_tokens": 2048, "num_prompts": 16},
+        {"max_tokens": 8192, "num_prompts": 16},
+        {"max_tokens": 2048, "num_prompts": 16, "bf16": True},
+    ],
+    "mini": [{"max_tokens": 2048, "num_prompts": 16}],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
-    "llama": [{"batch": size} for size in (4, 12, 36)] + [{"batch": 12, "by_length": True}, {"batch": 12, "bf16": True}],
-    "mini": [{"batch": size} for size in (12, 36, 96)] + [{"batch": 36, "by_length": True}],
+    "llama": [{"batch": size} for size in (4, 12, 36)]
+    + [{"batch": 12, "by_length": True}, {"batch": 12, "bf16": True}],
+    "mini": [{"batch": size} for size in (12, 36)],
 }
 
 
 def ours(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], float]]:
     """Return slices of `train_reward_model`."""
+    from benchmarks.ours import load, new_stage, ranked_groups
     from qinglan.learn.reward import RewardConfig, train_reward_model
 
-    from benchmarks.ours import load, new_stage, ranked_groups
-
-    start = load(work)
+    start = load(work, "bfloat16" if options.get("bf16") else "float32")
     groups = ranked_groups(work.data["rankings"][: options["num_prompts"]])
     config = RewardConfig(batch_size=PROMPTS_PER_STEP, max_tokens=options["max_tokens"])
 

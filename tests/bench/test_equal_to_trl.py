@@ -61,7 +61,9 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
     assert ours.keys() == theirs.keys()
     assert max(float(gradient.abs().max()) for gradient in theirs.values()) > 1e-2, "the gradients say nothing"
     for name, gradient in theirs.items():
-        torch.testing.assert_close(ours[name], gradient, atol=TOLERANCE, rtol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[name], gradient, atol=TOLERANCE, rtol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def arguments(folder: Path) -> dict:
@@ -87,9 +89,7 @@ def test_supervised_loss_and_gradient(
 ) -> None:
     lm = tiny_lm(architecture)
     sequences = [sequence for group in make_groups(lm) for sequence in group]
-    rows = [
-        {"input_ids": ids, "labels": [-100] * num_prompt + ids[num_prompt:]} for ids, num_prompt in sequences
-    ]
+    rows = [{"input_ids": ids, "labels": [-100] * num_prompt + ids[num_prompt:]} for ids, num_prompt in sequences]
     trainer = trl.SFTTrainer(
         model=copy.deepcopy(lm.model),
         args=trl.SFTConfig(**arguments(tmp_path)),
