@@ -22,9 +22,7 @@ def main() -> None:
     parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=SETTINGS)
     parser.add_argument("--pairs", type=int, default=6, help="slices of each side, by turns")
     modes = {"always": "try every setting", "missing": "those not tried", "only": "and stop there"}
-    parser.add_argument(
-        "--tune", choices=modes, default="always", help=str(modes)
-    )
+    parser.add_argument("--tune", choices=modes, default="always", help=str(modes))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="models, data and logs")
     chosen = parser.parse_args()

@@ -9,14 +9,16 @@ side is read once for each seed, by the same function. Whole prompt groups stay 
 """
 
 import argparse
+import json
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.harness import write
+from benchmarks.harness import ROOT, machine, write
 from benchmarks.ours import new_stage
 from qinglan.core.device import Device, prepare_process
 from qinglan.core.records import ComparisonGroup, pairs_of
@@ -107,6 +109,41 @@ def train_trl(lm: LanguageModel, groups: Sequence[ComparisonGroup], rate: float,
     return start._replace(model=trainer.model.eval())
 
 
+def outcome(
+    name: str, lm: LanguageModel, train: Sequence[ComparisonGroup], seen: Sequence[ComparisonGroup], *,
+    rate: float, seed: int, cache: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Train one side and return which pairs of `seen` it orders rightly, and its seconds; kept in `cache`."""
+    file = cache / f"{name}-{len(train)}-{rate}-{seed}.json"
+    if not file.is_file():
+        wall, cpu = time.monotonic(), time.process_time()
+        scalar = {"ours": train_ours, "trl": train_trl}[name](lm, train, rate, seed)
+        seconds, cpu_seconds = time.monotonic() - wall, time.process_time() - cpu
+        right = is_right(scalar, seen).tolist()
+        write(file, {"right": right, "seconds": seconds, "cpu_seconds": cpu_seconds})
+        print(f"{name}, rate {rate}, seed {seed}: {np.mean(right):.3f}, {cpu_seconds:.0f} CPU seconds", flush=True)
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def run_side(name: str, lm: LanguageModel, sides: Sides, seeds: Sequence[int], cache: Path) -> dict[str, Any]:
+    """Choose the rate on the validation part, then train on both parts with every seed and look at the test side."""
+    valid = {
+        rate: float(np.mean(outcome(name, lm, sides.train, sides.valid, rate=rate, seed=0, cache=cache)["right"]))
+        for rate in RATES
+    }
+    best = max(RATES, key=lambda rate: valid[rate])
+    whole = [*sides.train, *sides.valid]
+    every = [outcome(name, lm, whole, sides.test, rate=best, seed=seed, cache=cache) for seed in seeds]
+    return {
+        "rate": best,
+        "valid_accuracy": {str(rate): accuracy for rate, accuracy in valid.items()},
+        "test_accuracy_by_seed": {str(s): float(np.mean(one["right"])) for s, one in zip(seeds, every, strict=True)},
+        "cpu_seconds": float(np.median([one["cpu_seconds"] for one in every])),
+        "right": np.mean([one["right"] for one in every], axis=0),
+    }
+
+
 def main() -> None:
     """Choose rates, train three seeds of each side, write what came out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -114,31 +151,33 @@ def main() -> None:
     parser.add_argument("--comparisons", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--side", choices=("ours", "trl"), help="train one side only; finished trainings are kept")
+    parser.add_argument("--cache", type=Path, default=ROOT / "build" / "human_comparisons")
     chosen = parser.parse_args()
     prepare_process()
     lm = load_language_model(chosen.model, Device.detect("cpu"), template="plain")
     sides = read_sides(lm, chosen.comparisons, seed=0)
-    trainers = {"ours": train_ours, "trl": train_trl}
-    found: dict[str, Any] = {"pairs": {name: len(part) for name, part in sides._asdict().items()}}
-    right: dict[str, np.ndarray] = {}
-    for name, train in trainers.items():
-        valid = {rate: float(is_right(train(lm, sides.train, rate, 0), sides.valid).mean()) for rate in RATES}
-        best = max(RATES, key=lambda rate: valid[rate])
-        print(f"{name}: accuracy on validation by rate {valid}", flush=True)
-        every = [is_right(train(lm, [*sides.train, *sides.valid], best, seed), sides.test) for seed in chosen.seeds]
-        right[name] = np.mean(every, axis=0)
-        found[name] = {"rate": best, "valid_accuracy": {str(rate): a for rate, a in valid.items()}}
-        found[name]["test_accuracy_by_seed"] = {
-            str(seed): float(one.mean()) for seed, one in zip(chosen.seeds, every, strict=True)
-        }
+    found = {
+        name: run_side(name, lm, sides, chosen.seeds, chosen.cache)
+        for name in ("ours", "trl")
+        if chosen.side in (None, name)
+    }
+    if chosen.side:
+        return
     prompts = [group.prompt.prompt_group_id for group in sides.test]
+    right = {name: one.pop("right") for name, one in found.items()}
     for name, values in right.items():
         found[name]["test_accuracy"] = mean_with_interval(values, prompts, seed=0)._asdict()
-    found["ours_minus_trl"] = mean_difference(right["ours"], right["trl"], prompts, seed=0)._asdict()
     before = is_right(scalar_model_from(lm, seed=0), sides.test)
-    found["random_head"] = mean_with_interval(before, prompts, seed=0)._asdict()
-    write(chosen.out, found)
-    print(found)
+    result = {
+        "pairs": {name: len(part) for name, part in sides._asdict().items()},
+        **found,
+        "ours_minus_trl": mean_difference(right["ours"], right["trl"], prompts, seed=0)._asdict(),
+        "random_head": mean_with_interval(before, prompts, seed=0)._asdict(),
+        "settings": machine(),
+    }
+    write(chosen.out, result)
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

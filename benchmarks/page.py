@@ -1,0 +1,112 @@
+"""Write the tables of docs/benchmarks.md from results/*.json: `python -m benchmarks.page`."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS, ROOT, TUNING
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+JOBS = ("reward", "sampling", "rloo", "ppo", "sft")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return a JSON file's mapping."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def ratio(found: dict[str, float]) -> str:
+    """Return a ratio with its interval."""
+    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def results_table() -> str:
+    """Return one row for each job and setting."""
+    lines = [
+        "| job | setting | ours / peer, wall clock | by CPU time | ours | peer | unit | memory | must, aim |",
+        "|---|---|---:|---:|---:|---:|---|---:|---|",
+    ]
+    for job in JOBS:
+        path = RESULTS / f"{job}.json"
+        if not path.is_file():
+            continue
+        module = importlib.import_module(f"benchmarks.{job}")
+        for setting, one in read(path)["by_setting"].items():
+            lines.append(
+                f"| {job} | {setting} | {ratio(one['ratio'])} | {ratio(one['cpu_ratio'])} "
+                f"| {one['ours']['median']:.4g} | {one['peer']['median']:.4g} | {module.UNIT} "
+                f"| {one['memory_ratio']:.2f} | {module.MUST_REACH:g}x, {module.AIM:g}x |"
+            )
+    return "\n".join(lines)
+
+
+def tried_table() -> str:
+    """Return what each side tried, with the units per CPU second of one run."""
+    lines = ["| job, setting | side | settings | units per CPU second |", "|---|---|---|---:|"]
+    for job in JOBS:
+        for path in sorted(TUNING.glob(f"{job}-*.json")):
+            tuned = read(path)
+            for side in ("ours", "peer"):
+                for one in tuned.get(side, {}).get("tried", []):
+                    rate = f"{one['cpu_rate']:.4g}" if "cpu_rate" in one else one["failed"].replace("|", "/")
+                    chosen = " (chosen)" if one["options"] == tuned[side]["best"] else ""
+                    options = ", ".join(f"{name} {value}" for name, value in one["options"].items())
+                    lines.append(f"| {path.stem.replace('-', ', ')} | {side} | {options}{chosen} | {rate} |")
+    return "\n".join(lines)
+
+
+def limits_table() -> str:
+    """Return shares of the physical limits."""
+    found = read(RESULTS / "limits.json")
+    limits, training = found["limits"], found["training"]
+    lines = [
+        "| what | wall clock | CPU time |",
+        "|---|---:|---:|",
+        *(
+            f"| {name} | {limits[key]['wall'] / 1e9:.3g} | {limits[key]['cpu'] / 1e9:.3g} |"
+            for name, key in (
+                ("fp32 products of 1,024 x 1,024, GFLOP/s", "fp32_flops"),
+                ("bf16 products, GFLOP/s", "bf16_flops"),
+                ("memory copied, GB/s", "copied_bytes"),
+            )
+        ),
+        f"| training, share of fp32 products | {training['share_of_fp32']['wall']:.2f} "
+        f"| {training['share_of_fp32']['cpu']:.2f} |",
+    ]
+    for one in found["decoding"]:
+        for name, key in (("copying", "share_of_copying"), ("fp32 products", "share_of_fp32")):
+            lines.append(
+                f"| decoding {one['rows']} rows, share of {name} | {one[key]['wall']:.2f} | {one[key]['cpu']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def growth_table() -> str:
+    """Return CPU seconds at 1, 2, 4 and 8 times the work."""
+    lines = ["| what grows | 1x | 2x | 4x | 8x | exponents |", "|---|---:|---:|---:|---:|---|"]
+    for name, one in read(RESULTS / "growth.json")["axes"].items():
+        seconds = " | ".join(f"{step['cpu']:.3f}" for step in one["seconds"])
+        exponents = ", ".join(f"{value:.2f}" for value in one["exponents_by_cpu"])
+        lines.append(f"| {name} | {seconds} | {exponents} |")
+    return "\n".join(lines)
+
+
+TABLES = {"results": results_table, "tried": tried_table, "limits": limits_table, "growth": growth_table}
+
+
+def main() -> None:
+    """Put every table between its marks."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        pattern = re.compile(f"{re.escape(marks[0])}.*?{re.escape(marks[1])}", re.DOTALL)
+        content = f"{marks[0]}\n{table()}\n{marks[1]}"
+        text = pattern.sub(lambda match, content=content: content, text)
+    PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
