@@ -13,8 +13,8 @@ PEER_NAME = "TRL 1.16 RLOOTrainer"
 MUST_REACH, AIM = 2.5, 4.0
 EPISODES, STEP_EPISODES, K, NEW_TOKENS = 64, 64, 4, 64
 OURS: dict[str, list[dict[str, Any]]] = {
-    "llama": [{"max_tokens": 2048}, {"max_tokens": 8192}],
-    "mini": [{"max_tokens": 2048}],
+    "llama": [{"max_tokens": 1024}, {"max_tokens": 2048}, {"max_tokens": 8192}],
+    "mini": [{"max_tokens": 1024}, {"max_tokens": 8192}],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
     "llama": [{"batch": 16}, {"batch": 64}, {"batch": 64, "continuous": True}],

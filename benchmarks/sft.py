@@ -18,7 +18,10 @@ OURS: dict[str, list[dict[str, Any]]] = {
         *({"pack": pack, "max_tokens": tokens} for pack in (True, False) for tokens in (1024, 4096)),
         {"pack": False, "max_tokens": 1024, "bf16": True},
     ],
-    "mini": [{"pack": pack, "max_tokens": 1024} for pack in (True, False)],
+    "mini": [
+        *({"pack": pack, "max_tokens": 1024} for pack in (True, False)),
+        {"pack": False, "max_tokens": 8192},
+    ],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
     "llama": [
