@@ -9,10 +9,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from qinglan import cli
+from qinglan.core.errors import InputError
 from qinglan.models.directory import prepare
 from qinglan.models.generate import SamplingConfig, generate
+from qinglan.models.language_model import load_language_model
 from qinglan.models.options import option_logprobs
 from qinglan.models.row_memory import model_facts
+from tests.conftest import CPU
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [40], [60, 61, 62, 63]]
 OPTIONS = [[20, 21, 22], [23] * 9]
@@ -117,3 +121,17 @@ def test_samples_greedy_completions_and_options_are_exact(tiny_lm, name, capsys)
         assert sample.token_ids == output[0, len(prompt) :].tolist()
     assert (model_facts(lm.model, name, None).plan is not None) == (name in BY_SLOTS)
     assert capsys.readouterr().err.count(f"sampling from {name}: ") == (name not in BY_SLOTS)
+
+
+@pytest.mark.parametrize("name", ["Bloom", "Qwen3Next", "GptOss"])
+def test_the_command_samples_where_training_is_refused(tiny_lm, name, tmp_path, capsys):
+    lm = make(tiny_lm, name, BY_SLOTS.get(name, BY_TOKENS.get(name)))
+    lm.model.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    command = ["--model", str(tmp_path), "--sampling.max-new-tokens", "4"]
+    assert cli.run(["sample", *command, "--text", "Hi", "--num-samples", "2"]) == 0
+    answer = capsys.readouterr()
+    assert answer.out.count("  > ") == 2
+    assert ("reads the whole text again, slower but exact" in answer.err) == (name in BY_TOKENS)
+    with pytest.raises(InputError, match="it can be sampled from, not trained"):
+        load_language_model(tmp_path, CPU)

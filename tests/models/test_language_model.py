@@ -253,6 +253,14 @@ def test_architectures_that_cannot_be_packed_are_refused():
         check_batching(bloom)
 
 
+def test_a_model_without_a_trunk_is_refused(tiny_lm, tmp_path, monkeypatch):
+    lm = tiny_lm()
+    save_language_model(lm, tmp_path / "model")
+    monkeypatch.setattr(type(lm.model), "base_model_prefix", "absent")  # as Llama4ForCausalLM has it
+    with pytest.raises(InputError, match="LlamaForCausalLM has no trunk that gives hidden states"):
+        load_language_model(tmp_path / "model", CPU)
+
+
 @pytest.mark.parametrize("config_class", [CohereConfig, GraniteConfig])
 def test_scaled_logits_equal_the_models_own(config_class):
     sizes = {

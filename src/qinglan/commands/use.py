@@ -98,7 +98,8 @@ def draw_completions(config: SampleCommand, prompts: list[Prompt], seed: int) ->
     progress = Progress("sample", len(prompts) * config.num_samples, time.monotonic(), quiet=False)
     if config.server is None:
         prepare_process()
-        lm = load_language_model(resolve_model(config.model), Device.detect(config.device), template=config.template)
+        path, device = resolve_model(config.model), Device.detect(config.device)
+        lm = load_language_model(path, device, template=config.template, for_training=False)
         return sample_completions(
             lm, prompts, config.sampling, seed=seed, num_samples=config.num_samples, progress=progress
         )
@@ -266,7 +267,8 @@ def evaluate(config: EvaluateCommand, options: Options) -> CommandResult:
     metrics: dict[str, Measure] = {}
     unscored = 0
     if config.model is not None:
-        lm = load_language_model(resolve_model(config.model), device, template=config.template)
+        path = resolve_model(config.model)
+        lm = load_language_model(path, device, template=config.template, for_training=False)
         world = draw_prompts(config.num_prompts, seed, "test")
         answers = answer(lm, world.prompts, config.sampling, seed)
         for name, completions in (("sampled", answers.sampled), ("greedy", answers.greedy)):

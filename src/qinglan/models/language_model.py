@@ -75,11 +75,19 @@ class TargetLogprobs(NamedTuple):
     """fp32 [N], nats: of the tempered distribution over the vocabulary at the same position; NaN if not asked for."""
 
 
-def load_language_model(path: Path | str, device: Device, *, template: TemplateName = "own") -> LanguageModel:
+def load_language_model(
+    path: Path | str, device: Device, *, template: TemplateName = "own", for_training: bool = True
+) -> LanguageModel:
     """Open a Hugging Face directory, or a PEFT directory with its base, in fp32, evaluation mode, dropout 0.
 
+    Args:
+        path: the directory.
+        device: where the model runs.
+        template: the tokenizer's own chat template, or the plain one.
+        for_training: False for a model that is only sampled from, which needs no batches of padded or packed sequences.
+
     Raises `InputError` for no such directory, no tokenizer, no chat template, damaged or missing weights, and for an
-    architecture that a small trial run shows is not scored exactly (OPT, Bloom, Falcon, Mamba).
+    architecture that a small trial run shows is not scored exactly (for training: OPT, Bloom, Falcon, Mamba).
     """
     directory = Path(path)
     tokenizer = load_tokenizer(directory)
@@ -89,8 +97,13 @@ def load_language_model(path: Path | str, device: Device, *, template: TemplateN
         raise InputError(
             f"{directory}: the tokenizer's end token lies outside the model's vocabulary; use its own tokenizer"
         )
+    if model.base_model is model:
+        raise InputError(
+            f"{directory}: {type(model).__name__} has no trunk that gives hidden states; not supported here"
+        )
     _check_logits(model, directory)
-    check_batching(model)
+    if for_training:
+        check_batching(model)
     return LanguageModel(model, tokenizer, chat, device, str(path))
 
 
@@ -291,7 +304,7 @@ def check_batching(model: PreTrainedModel) -> None:
                 if not difference < 1e-3:
                     raise InputError(
                         f"{type(model).__name__}: a sequence's hidden states change by {difference:.1e} when it shares "
-                        f"a batch ({'packed' if len(rows) == 1 else 'padded'}); this architecture is not supported"
+                        f"a batch ({'packed' if len(rows) == 1 else 'padded'}); it can be sampled from, not trained"
                     )
 
 
