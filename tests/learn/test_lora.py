@@ -11,12 +11,14 @@ from tiny_world import CPU, make_demonstration, make_group, make_lm, make_stage
 from torch import Tensor
 
 from qinglan.core.errors import InputError
-from qinglan.core.records import ComparisonGroup, Demonstrated, Ranking
+from qinglan.core.records import Case, ComparisonGroup, Demonstrated, Ranking
 from qinglan.core.rng import numpy_stream
 from qinglan.core.run import Stage
-from qinglan.learn import dpo, ppo, reward, sft
+from qinglan.learn import classifier, dpo, ppo, reward, sft
+from qinglan.learn.classifier import ClassifierConfig, train_classifier
 from qinglan.learn.dpo import DPOConfig, train_dpo
 from qinglan.learn.dropout import adapter_dropout
+from qinglan.learn.labelled import Labelled
 from qinglan.learn.optimize import Checkpointer, OptimizerConfig
 from qinglan.learn.ppo import PPOConfig, train_ppo
 from qinglan.learn.ppo_update import make_learners
@@ -101,8 +103,36 @@ def ppo_of(base: LanguageModel, stage: Stage, lora: LoRAConfig = LORA, iteration
     return train_ppo(base, base, two_letters, PROMPTS, config, stage=stage, seed=0).policy
 
 
-TRAINERS: dict[str, Callable[..., Any]] = {"sft": sft_of, "reward": reward_of, "dpo": dpo_of, "ppo": ppo_of}
-SHORT = {"sft": {"epochs": 3}, "reward": {"count": 40}, "dpo": {"count": 24}, "ppo": {"iterations": 5}}
+def classify_of(base: LanguageModel, stage: Stage, lora: LoRAConfig = LORA, count: int = 120, every: int = 100) -> Any:
+    """Which of two texts holds more of the letter "u"."""
+
+    def labelled(groups: list[ComparisonGroup]) -> Labelled:
+        texts = [[one.text for one in group.completions] for group in groups]
+        cases = [
+            Case(f"case-{k}", f"group-{k}", tuple(found)) for k, found in enumerate(texts) for found in [found[:2]]
+        ]
+        return Labelled(cases, [float(case.texts[0].count("u") > case.texts[1].count("u")) for case in cases])
+
+    config = ClassifierConfig(optimizer=FAST, num_epochs=3, lora=lora, checkpoint_every=every)
+    return train_classifier(
+        base, labelled(ranked(count)), config, stage=stage, seed=3, valid=labelled(ranked(40, seed=9))
+    )
+
+
+TRAINERS: dict[str, Callable[..., Any]] = {
+    "sft": sft_of,
+    "reward": reward_of,
+    "dpo": dpo_of,
+    "ppo": ppo_of,
+    "classify": classify_of,
+}
+SHORT = {
+    "sft": {"epochs": 3},
+    "reward": {"count": 40},
+    "dpo": {"count": 24},
+    "ppo": {"iterations": 5},
+    "classify": {"count": 24},
+}
 
 
 def weights_of(model: LanguageModel | ScalarModel) -> dict[str, Tensor]:
@@ -125,6 +155,8 @@ def test_it_learns_with_the_adapter_alone(tmp_path, base, name):
         assert rows[1]["loss"] > 1.5 and rows[-1]["loss"] < 0.8
     elif name in ("reward", "dpo"):
         assert rows[0]["valid_accuracy"] < 0.7 and rows[-1]["valid_accuracy"] > 0.8
+    elif name == "classify":
+        assert rows[0]["valid_agreement"] < 0.7 and rows[-1]["valid_agreement"] > 0.8
     else:
         assert rows[0]["score"] < 0.3 and rows[-1]["score"] > 0.5
         assert rows[0]["start_ratio_error"] < 1e-5 and rows[0]["kl"] == pytest.approx(0.0, abs=1e-5)
@@ -155,19 +187,23 @@ def test_checkpoints_and_optimizers_hold_the_adapter_alone_and_runs_repeat(tmp_p
     assert_equal(weights_of(one), weights_of(two))
     weights = {key for key in seen[-1] if "model." in key}
     assert weights and all(".lora_" in key or "score." in key for key in weights)
-    assert sum("exp_avg_sq" in key for key in seen[-1]) == sum(not key.startswith("average.") for key in weights)
+    assert sum("exp_avg_sq" in key for key in seen[-1]) == sum(
+        not key.startswith(("average.", "best.")) for key in weights
+    )
 
 
 class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize(("name", "module"), [("sft", sft), ("reward", reward), ("dpo", dpo), ("ppo", ppo)])
+@pytest.mark.parametrize(
+    ("name", "module"), [("sft", sft), ("reward", reward), ("dpo", dpo), ("ppo", ppo), ("classify", classifier)]
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_killed_run_ends_bit_identical(tmp_path, monkeypatch, base, name, module, dropout):
-    if name == "ppo" and dropout:
-        with pytest.raises(ValueError, match=r"lora.dropout: the ratio of probabilities must start at 1 in PPO"):
-            PPOConfig(lora=LoRAConfig(rank=2, dropout=0.1))
+    if name in ("ppo", "classify") and dropout:
+        with pytest.raises(ValueError, match=r"lora.dropout: the .*; set it to 0"):
+            (PPOConfig if name == "ppo" else ClassifierConfig)(lora=LoRAConfig(rank=2, dropout=0.1))
         return
     lora = LORA.model_copy(update={"dropout": dropout})
     whole = TRAINERS[name](base, make_stage(tmp_path / "whole", name), lora, every=2, **SHORT[name])

@@ -122,7 +122,7 @@ def test_merging_adds_the_update_to_weights_of_its_own(base, tmp_path):
     assert torch.equal(logprobs(base), logprobs(load_language_model(tmp_path / "base", CPU)))
     save_language_model(merged, tmp_path / "merged")
     torch.testing.assert_close(logprobs(load_language_model(tmp_path / "merged", CPU)), logprobs(merged))
-    assert end_of_training(student, LORA) is student
+    assert end_of_training(student, LORA).model is student.model
 
 
 def test_training_goes_on_with_a_copy_of_the_adapter_or_merges_it(base, tmp_path):

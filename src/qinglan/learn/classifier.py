@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from qinglan.core.config import Config
@@ -44,6 +44,7 @@ from qinglan.learn.optimize import (
     set_lr,
     training_tensors,
 )
+from qinglan.models.adapters import LoRAConfig, end_of_training
 from qinglan.models.classifier import (
     HeadStart,
     TextClassifier,
@@ -96,8 +97,16 @@ class ClassifierConfig(Config):
     """Take the cases in the same order in every epoch, as the released code does."""
     max_tokens: int = Field(default=8192, ge=1)
     """Tokens in one forward pass, padding included. Changes speed and memory, never the gradient."""
+    lora: LoRAConfig = LoRAConfig()
+    """Train a low-rank adapter in place of every weight; without dropout."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Updates between two checkpoints."""
+
+    @model_validator(mode="after")
+    def _predicts_twice_the_same(self) -> Self:
+        if self.lora.dropout > 0:
+            raise ValueError("lora.dropout: the confidence loss reads the same predictions twice; set it to 0")
+        return self
 
     @classmethod
     def paper(cls) -> Self:
@@ -170,6 +179,7 @@ def train_classifier(
         head=config.head,
         seed=stream_seed(seed, "classifier", "head"),
         words=labelled.cases[0].verdicts,
+        lora=config.lora,
     )._replace(name=stage.name)
     optimizer = config.optimizer.make(student.model)
     checkpointer = Checkpointer(stage.dir / "checkpoints")
@@ -206,6 +216,7 @@ def train_classifier(
     # 4. Result
     if best.score is not None:
         restore_training(best.tensors, student.model, prefix="best.")
+    student = student._replace(model=end_of_training(student.model, config.lora))
     save_classifier(student, directory)
     checkpointer.clear()
     return student

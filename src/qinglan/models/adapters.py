@@ -36,7 +36,7 @@ M = TypeVar("M", bound=nn.Module)
 PREFIX = "base_model.model."
 """What PEFT writes before the names of a model's weights."""
 HEAD = "score"
-"""The linear unit of reward and value models: new, so it is trained and saved whole."""
+"""The head of reward models, value models and classifiers: new, so it is trained and saved whole."""
 
 
 class LoRAConfig(Config):
@@ -52,6 +52,10 @@ class LoRAConfig(Config):
     """Ends of the names of the layers that are adapted, such as q_proj; default: every linear layer but the head."""
     merge: bool = False
     """Add the update to the weights at the end and save a whole model, not an adapter."""
+
+
+EVERY_WEIGHT = LoRAConfig()
+"""No adapter."""
 
 
 class Adapter(NamedTuple):
@@ -110,6 +114,20 @@ def trainable_copy(model: PreTrainedModel, lora: LoRAConfig, *, seed: int) -> Pr
         else:
             parameter.requires_grad_(False)
     return student.eval()
+
+
+def end_of_training(model: PreTrainedModel, lora: LoRAConfig) -> PreTrainedModel:
+    """Return the model that a trainer leaves: with `lora.merge`, its adapter is added to a copy of the weights."""
+    return merged_copy(model) if lora.merge and adapter_of(model) is not None else model
+
+
+def carry_adapter(origin: nn.Module, model: nn.Module) -> None:
+    """Note on `model`, which took over the trunk of `origin` under a head of its own, the adapter that is in it."""
+    adapter = adapter_of(origin)
+    if adapter is not None:
+        config = copy.deepcopy(adapter.config)
+        config.task_type = "SEQ_CLS"
+        model.peft_config = {"default": config}  # type: ignore[assignment]
 
 
 def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -213,7 +231,10 @@ def load_model(auto_class: Any, directory: Path, device: Device, **config_change
         what = f"also keeps {', '.join(sorted(extra))} whole" if extra else "is another kind of adapter"
         raise InputError(f"{directory}: {what}; expected plain LoRA; merge it into its base with PEFT, and use that")
     base = _base_of(directory, config.base_model_name_or_path)
-    own_head = {f"{HEAD}.weight"} if config.task_type == "SEQ_CLS" else set()
+    own_head: set[str] = set()
+    if config.task_type == "SEQ_CLS":
+        own_head = {f"{HEAD}.weight"}
+        config_changes["num_labels"] = _num_outputs(directory / "adapter_model.safetensors")
     with torch.random.fork_rng():  # a head that the base lacks is drawn, then replaced
         model = load_weights(auto_class, base, device, may_miss=own_head, **config_changes)
     config.modules_to_save, config.inference_mode = None, False
@@ -270,11 +291,23 @@ def _adapter_weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _load_adapter_weights(model: nn.Module, file: Path) -> None:
+def _num_outputs(file: Path) -> int:
+    """Return the number of rows of the head in an adapter's file."""
+    head = _read_weights(file).get(f"{PREFIX}{HEAD}.weight")
+    if head is None:
+        raise InputError(f"{file}: has no {HEAD} head; expected the adapter of a reward model or a classifier")
+    return len(head)
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
     try:
-        saved = load_file(file)
+        return load_file(file)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: cannot be opened ({error}); make or copy the adapter again") from error
+
+
+def _load_adapter_weights(model: nn.Module, file: Path) -> None:
+    saved = _read_weights(file)
     expected = _adapter_weights(model)
     wrong = sorted(expected.keys() ^ saved.keys())
     wrong += [name for name in expected.keys() & saved.keys() if expected[name].shape != saved[name].shape]

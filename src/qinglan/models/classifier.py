@@ -21,10 +21,20 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from qinglan.core.device import Device
 from qinglan.core.errors import InputError
 from qinglan.core.records import Case
-from qinglan.core.rng import stream
+from qinglan.core.rng import stream, stream_seed
+from qinglan.models.adapters import (
+    EVERY_WEIGHT,
+    LoRAConfig,
+    adapter_of,
+    carry_adapter,
+    load_model,
+    save_adapter,
+    share_weights,
+    trainable_copy,
+)
 from qinglan.models.cases import encode_case
 from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
-from qinglan.models.directory import load_tokenizer, load_weights, prepare, save_weights, write_model_directory
+from qinglan.models.directory import load_tokenizer, prepare, save_weights, write_model_directory
 from qinglan.models.language_model import LanguageModel, hidden_states
 from qinglan.models.tokens import TokenBatch, TokenSequence, padded_batches
 
@@ -42,17 +52,24 @@ class TextClassifier(NamedTuple):
 
 
 def classifier_from(
-    lm: LanguageModel, *, num_outputs: int, head: HeadStart, seed: int, words: tuple[str, str] | None = None
+    lm: LanguageModel,
+    *,
+    num_outputs: int,
+    head: HeadStart,
+    seed: int,
+    words: tuple[str, str] | None = None,
+    lora: LoRAConfig = EVERY_WEIGHT,
 ) -> TextClassifier:
-    """Return a classifier with a copy of the trunk of `lm` and a new head without bias.
+    """Return a classifier to be trained: a copy of the trunk of `lm`, or an adapter on it, and a new head without bias.
 
     Args:
         lm: whose trunk is copied.
         num_outputs: 2, one unit for each class, or 1.
         head: "normal": weights ~ N(0, 1/(D+1)); "zero" (the code released with the paper); "words": the unembedding
             rows of `words`, so that training starts at the zero-shot verdict (the paper, for the words "0" and "1").
-        seed: draws a "normal" head.
+        seed: draws a "normal" head, and the first weights of an adapter.
         words: what says class 0 and class 1.
+        lora: an adapter in place of training every weight.
 
     Raises:
         InputError: an architecture without such a form; words that are missing or begin with the same token.
@@ -66,7 +83,9 @@ def classifier_from(
         raise InputError(
             f"{lm.name}: {type(lm.model).__name__} has no form with a classification head; choose another model"
         ) from error
-    setattr(model, model.base_model_prefix, copy.deepcopy(lm.model.base_model))
+    trunk: Any = lm.model.base_model
+    setattr(model, model.base_model_prefix, share_weights(trunk))
+    carry_adapter(lm.model, model)
     num_hidden = model.score.in_features
     if head == "normal":
         start = stream(seed, "classification head")
@@ -79,7 +98,8 @@ def classifier_from(
     model.score = nn.utils.skip_init(nn.Linear, num_hidden, num_outputs, bias=False, device=lm.device.torch_device)
     with torch.no_grad():
         model.score.weight.copy_(weight)
-    return TextClassifier(prepare(model), lm.tokenizer, lm.chat, lm.device, lm.name)
+    student = trainable_copy(model, lora, seed=stream_seed(seed, "adapter"))
+    return TextClassifier(prepare(student), lm.tokenizer, lm.chat, lm.device, lm.name)
 
 
 def _word_rows(lm: LanguageModel, words: tuple[str, str] | None) -> Tensor:
@@ -131,7 +151,7 @@ def case_logits(classifier: TextClassifier, cases: Sequence[Case], max_tokens: i
 
 
 def save_classifier(classifier: TextClassifier, directory: Path) -> None:
-    """Write a directory that `AutoModelForSequenceClassification` opens.
+    """Write a directory that `AutoModelForSequenceClassification` opens, or PEFT's counterpart for an adapter.
 
     `transformers` finds the token that is read as the last one that is not padding. Where padding is an end token no
     padding token is named, and `transformers` takes one sequence at a time.
@@ -139,9 +159,13 @@ def save_classifier(classifier: TextClassifier, directory: Path) -> None:
 
     def write(part: Path) -> None:
         pad_id = None if classifier.chat.pad_id in classifier.chat.end_ids else classifier.chat.pad_id
-        classifier.model.config.qinglan = {"render_hash": classifier.chat.render_hash}
-        save_weights(classifier.model, part, pad_token_id=pad_id)
+        notes = {"render_hash": classifier.chat.render_hash}
         tokenizer_to_save(classifier.chat).save_pretrained(part)
+        if adapter_of(classifier.model) is not None:
+            save_adapter(classifier.model, part, notes)
+            return
+        classifier.model.config.qinglan = notes
+        save_weights(classifier.model, part, pad_token_id=pad_id)
 
     write_model_directory(directory, write)
 
@@ -150,7 +174,7 @@ def load_classifier(path: Path | str, device: Device, *, template: TemplateName 
     """Open a classifier of one or two outputs. Raises `InputError` for what cannot be opened, and for more outputs."""
     directory = Path(path)
     tokenizer = load_tokenizer(directory)
-    model = load_weights(AutoModelForSequenceClassification, directory, device)
+    model = load_model(AutoModelForSequenceClassification, directory, device)
     if model.config.num_labels not in (1, 2):
         raise InputError(f"{directory}: has {model.config.num_labels} labels; expected a classifier with one or two")
     return TextClassifier(model, tokenizer, make_chat_format(tokenizer, template), device, str(path))

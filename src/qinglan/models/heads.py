@@ -25,12 +25,13 @@ from qinglan.core.device import Device
 from qinglan.core.errors import InputError
 from qinglan.core.records import Completion, Prompt, Scorer
 from qinglan.core.rng import stream
+from qinglan.models import adapters
 from qinglan.models.adapters import (
     LoRAConfig,
     adapter_of,
+    carry_adapter,
     is_adapter_directory,
     load_model,
-    merged_copy,
     notes_of,
     save_adapter,
     share_weights,
@@ -75,10 +76,7 @@ def scalar_model_from(
     if trunk != "same":
         original = copy.deepcopy(original) if trunk == "copy" else share_weights(original)
     setattr(model, model.base_model_prefix, original)
-    adapter = adapter_of(lm.model)
-    if adapter is not None:
-        model.peft_config = {"default": copy.deepcopy(adapter.config)}
-        model.peft_config["default"].task_type = "SEQ_CLS"
+    carry_adapter(lm.model, model)
     num_hidden = model.score.in_features
     weight = torch.randn((1, num_hidden), generator=stream(seed, "scalar head")) * (num_hidden + 1) ** -0.5
     model.score = nn.utils.skip_init(nn.Linear, num_hidden, 1, bias=False, device=lm.device.torch_device)
@@ -94,8 +92,7 @@ def start_of_training(scalar: ScalarModel, lora: LoRAConfig, *, seed: int, name:
 
 def end_of_training(scalar: ScalarModel, lora: LoRAConfig) -> ScalarModel:
     """Return the model that a trainer leaves: with `lora.merge`, its adapter is added to a copy of the weights."""
-    is_merged = lora.merge and adapter_of(scalar.model) is not None
-    return scalar._replace(model=merged_copy(scalar.model)) if is_merged else scalar
+    return scalar._replace(model=adapters.end_of_training(scalar.model, lora))
 
 
 def token_values(scalar: ScalarModel, hidden: Tensor) -> Tensor:
@@ -183,11 +180,10 @@ def load_scalar_model(path: Path | str, device: Device, *, template: TemplateNam
     directory = Path(path)
     tokenizer = load_tokenizer(directory)
     chat = make_chat_format(tokenizer, template)
-    changes = {"num_labels": 1} if is_adapter_directory(directory) else {}
-    model = load_model(AutoModelForSequenceClassification, directory, device, **changes)
+    model = load_model(AutoModelForSequenceClassification, directory, device)
     if model.config.num_labels != 1:
         raise InputError(f"{directory}: has {model.config.num_labels} labels; expected a reward model with one")
-    notes = notes_of(directory) if changes else getattr(model.config, "qinglan", {})
+    notes = notes_of(directory) if is_adapter_directory(directory) else getattr(model.config, "qinglan", {})
     saved = {"offset": 0.0, "render_hash": chat.render_hash, **notes}
     if saved["render_hash"] != chat.render_hash:
         raise InputError(

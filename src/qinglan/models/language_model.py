@@ -26,7 +26,8 @@ from transformers import (
 
 from qinglan.core.device import Device
 from qinglan.core.errors import InputError
-from qinglan.models.adapters import LoRAConfig, adapter_of, load_model, merged_copy, save_adapter, trainable_copy
+from qinglan.models import adapters
+from qinglan.models.adapters import LoRAConfig, adapter_of, load_model, save_adapter, trainable_copy
 from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
 from qinglan.models.directory import load_tokenizer, save_weights, write_model_directory
 from qinglan.models.tokens import SequenceRow, TokenBatch, TokenSequence, collate, padded_batches
@@ -134,8 +135,7 @@ def start_of_training(lm: LanguageModel, lora: LoRAConfig, *, seed: int, name: s
 
 def end_of_training(lm: LanguageModel, lora: LoRAConfig) -> LanguageModel:
     """Return the model that a trainer leaves: with `lora.merge`, its adapter is added to a copy of the weights."""
-    is_merged = lora.merge and adapter_of(lm.model) is not None
-    return lm._replace(model=merged_copy(lm.model)) if is_merged else lm
+    return lm._replace(model=adapters.end_of_training(lm.model, lora))
 
 
 def copy_language_model(lm: LanguageModel, name: str | None = None) -> LanguageModel:
