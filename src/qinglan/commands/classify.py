@@ -14,7 +14,7 @@ from qinglan.cli import CommandResult, Options
 from qinglan.commands.stage_inputs import count, open_run
 from qinglan.commands.stage_report import Curve, StageFindings, conclude
 from qinglan.core.config import Config
-from qinglan.core.device import Device, prepare_process
+from qinglan.core.device import Device, Dtype, prepare_process
 from qinglan.core.errors import InputError
 from qinglan.core.files import write_json
 from qinglan.core.run import Measure
@@ -43,6 +43,8 @@ class ClassifyCommand(Config):
     """Chat template of the model; texts are written plainly, so it only has to exist."""
     device: str = "auto"
     """cpu, cuda or auto."""
+    dtype: Dtype = "auto"
+    """Precision of matrix products; auto is bfloat16 on a GPU that has it, else float32. Losses are float32 always."""
     method: Literal["fine-tuning", "probe"] = "fine-tuning"
     """Train all weights, or a linear probe on the frozen model's last state."""
     num_train: int = Field(default=2000, ge=16)
@@ -80,7 +82,9 @@ def classify(config: ClassifyCommand, options: Options) -> CommandResult:
     """Train a classifier and measure it on held-out groups."""
     prepare_process()
     seed = options.seed
-    lm = load_language_model(resolve_model(config.model), Device.detect(config.device), template=config.template)
+    lm = load_language_model(
+        resolve_model(config.model), Device.detect(config.device, config.dtype), template=config.template
+    )
     items = load_labelled(config.data)
     kept = fitting(lm, items, config.data)
     sizes = Sizes(config.num_train // 2, config.num_valid, config.num_test)

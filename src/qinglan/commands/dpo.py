@@ -15,7 +15,7 @@ from qinglan.cli import CommandResult, Options
 from qinglan.commands.stage_inputs import Sides, comparison_length, open_run, sides_from_file, training_limit
 from qinglan.commands.stage_report import Curve, StageFindings, conclude, judge_reward_model, transcripts_section
 from qinglan.core.config import Config
-from qinglan.core.device import Device, prepare_process
+from qinglan.core.device import Device, Dtype, prepare_process
 from qinglan.core.records import ComparisonGroup, Completion, Prompt
 from qinglan.core.run import Measure
 from qinglan.data.load import OnBad, load_comparisons
@@ -39,6 +39,8 @@ class DPOCommand(Config):
     """Chat template: the model's own, or plain "User: ... Assistant:" text for models without one."""
     device: str = "auto"
     """cpu, cuda or auto."""
+    dtype: Dtype = "auto"
+    """Precision of matrix products; auto is bfloat16 on a GPU that has it, else float32. Losses are float32 always."""
     on_bad: OnBad = "stop"
     """Rows that are broken or longer than the model's context: stop and name them, or skip and count them."""
     held_out: float = Field(default=0.1, ge=0, lt=1)
@@ -69,7 +71,7 @@ def dpo(config: DPOCommand, options: Options) -> CommandResult:
     """Train a policy on comparisons; measure its implied reward and its KL to the start on held-out prompt groups."""
     prepare_process()
     seed, path = options.seed, resolve_model(config.model)
-    start = load_language_model(path, Device.detect(config.device), template=config.template)
+    start = load_language_model(path, Device.detect(config.device, config.dtype), template=config.template)
     limit = training_limit(start, config.training.max_length, config.on_bad)
     data = sides_from_file(
         load_comparisons, config.comparisons, comparison_length(start), limit,

@@ -16,7 +16,7 @@ from qinglan.cli import CommandResult, Options
 from qinglan.commands.stage_inputs import Limit, Sides, open_run, pretraining_source, sides_from_file
 from qinglan.commands.stage_report import Curve, StageFindings, conclude, transcripts_section
 from qinglan.core.config import Config
-from qinglan.core.device import Device, prepare_process
+from qinglan.core.device import Device, Dtype, prepare_process
 from qinglan.core.records import Completion, Prompt, Scorer
 from qinglan.core.rng import stream_seed
 from qinglan.core.run import Measure
@@ -50,6 +50,8 @@ class PPOCommand(Config):
     """Chat template of the policy: its own, or plain "User: ... Assistant:" text for models without one."""
     device: str = "auto"
     """cpu, cuda or auto."""
+    dtype: Dtype = "auto"
+    """Precision of matrix products; auto is bfloat16 on a GPU that has it, else float32. Losses are float32 always."""
     on_bad: OnBad = "stop"
     """Rows that are broken or leave no room for a completion: stop and name them, or skip and count them."""
     held_out: float = Field(default=0.1, ge=0, lt=1)
@@ -94,7 +96,7 @@ class Scores(NamedTuple):
 def ppo(config: PPOCommand, options: Options) -> CommandResult:
     """Train a policy, and compare its scores with its start's on held-out prompts, sampled and greedy."""
     prepare_process()
-    seed, path, device = options.seed, resolve_model(config.policy), Device.detect(config.device)
+    seed, path, device = options.seed, resolve_model(config.policy), Device.detect(config.device, config.dtype)
     start = load_language_model(path, device, template=config.template)
     value_start = None
     if config.reward_model is not None:

@@ -23,7 +23,7 @@ from qinglan.commands.stage_inputs import (
 )
 from qinglan.commands.stage_report import Curve, StageFindings, conclude, judge_reward_model, transcripts_section
 from qinglan.core.config import Config
-from qinglan.core.device import Device, prepare_process
+from qinglan.core.device import Device, Dtype, prepare_process
 from qinglan.core.records import ComparisonGroup, Completion, Demonstrated
 from qinglan.data.load import OnBad, load_comparisons, load_demonstrations
 from qinglan.evals.metrics import mean_with_interval
@@ -54,6 +54,8 @@ class SFTCommand(Config):
     """Chat template: the model's own, or plain "User: ... Assistant:" text for models without one."""
     device: str = "auto"
     """cpu, cuda or auto."""
+    dtype: Dtype = "auto"
+    """Precision of matrix products; auto is bfloat16 on a GPU that has it, else float32. Losses are float32 always."""
     on_bad: OnBad = "stop"
     """Rows that are broken or longer than the model's context: stop and name them, or skip and count them."""
     held_out: float = Field(default=0.1, ge=0, lt=1)
@@ -82,7 +84,7 @@ def sft(config: SFTCommand, options: Options) -> CommandResult:
     """Fine-tune, and measure the loss on held-out demonstrations before and after."""
     prepare_process()
     seed, path = options.seed, resolve_model(config.model)
-    base = load_language_model(path, Device.detect(config.device), template=config.template)
+    base = load_language_model(path, Device.detect(config.device, config.dtype), template=config.template)
     limit = training_limit(base, config.training.max_length, config.on_bad)
     data = sides_from_file(
         load_demonstrations, config.demonstrations, demonstration_length(base), limit,
@@ -172,6 +174,8 @@ class RewardCommand(Config):
     """Chat template: the model's own, or plain "User: ... Assistant:" text for models without one."""
     device: str = "auto"
     """cpu, cuda or auto."""
+    dtype: Dtype = "auto"
+    """Precision of matrix products; auto is bfloat16 on a GPU that has it, else float32. Losses are float32 always."""
     on_bad: OnBad = "stop"
     """Rows that are broken or longer than the model's context: stop and name them, or skip and count them."""
     held_out: float = Field(default=0.1, ge=0, lt=1)
@@ -197,7 +201,7 @@ def reward(config: RewardCommand, options: Options) -> CommandResult:
     """Train a reward model, and measure its pair accuracy and calibration on held-out prompt groups."""
     prepare_process()
     seed, path = options.seed, resolve_model(config.model)
-    base = load_language_model(path, Device.detect(config.device), template=config.template)
+    base = load_language_model(path, Device.detect(config.device, config.dtype), template=config.template)
     limit = training_limit(base, config.training.max_length, config.on_bad)
     data = sides_from_file(
         load_comparisons, config.comparisons, comparison_length(base), limit,

@@ -2,12 +2,16 @@
 
 import contextlib
 import os
+import sys
 from typing import Literal, NamedTuple
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 from qinglan.core.errors import InputError
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+"""Of matrix products."""
 
 
 class Device(NamedTuple):
@@ -17,8 +21,11 @@ class Device(NamedTuple):
     compute_dtype: torch.dtype
 
     @staticmethod
-    def detect(name: str = "auto", dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> "Device":
-        """Choose CUDA if there is one, else the CPU; bf16 matmuls only on CUDA unless asked for by name."""
+    def detect(name: str = "auto", dtype: Dtype = "auto") -> "Device":
+        """Choose CUDA if there is one, else the CPU; bf16 matmuls where a GPU has them, on a CPU if asked for by name.
+
+        A processor that only emulates bf16 is slower with it, which is said on standard error.
+        """
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -28,7 +35,9 @@ class Device(NamedTuple):
         if torch_device.type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"--device {name}: this machine has no CUDA device; use --device cpu")
         if dtype == "auto":
-            dtype = "bfloat16" if torch_device.type == "cuda" else "float32"
+            dtype = "bfloat16" if torch_device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
+        elif dtype == "bfloat16" and torch_device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            print("--dtype bfloat16: this processor has no bf16 products, float32 would be faster", file=sys.stderr)
         return Device(torch_device, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:

@@ -25,6 +25,7 @@ from qinglan.core.errors import InputError
 from qinglan.core.rng import permutation, stream_seed
 from qinglan.core.run import Stage
 from qinglan.learn.batch import make_batches
+from qinglan.learn.compiling import compile_trunks
 from qinglan.learn.confidence import (
     Ramp,
     balanced_threshold,
@@ -99,6 +100,8 @@ class ClassifierConfig(Config):
     """Tokens in one forward pass, padding included. Changes speed and memory, never the gradient."""
     lora: LoRAConfig = LoRAConfig()
     """Train a low-rank adapter in place of every weight; without dropout."""
+    compile: bool = False
+    """Compile the trunk's training step with `torch.compile`; a run is then repeatable, but not to the last bit."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Updates between two checkpoints."""
 
@@ -193,6 +196,7 @@ def train_classifier(
         buffer = Buffer(state.tensors["buffer.logits"], state.tensors["buffer.weak"])
 
     # 3. Loop
+    compiled = compile_trunks([student.model], config.compile, student.device, stage.name)
     progress = stage.progress(num_steps)
     for step in range(steps_done, num_steps):
         epoch, place = divmod(step, steps_per_epoch)
@@ -200,7 +204,10 @@ def train_classifier(
         chosen = [examples[i] for i in order[place * config.batch_size :][: config.batch_size]]
         set_lr(optimizer, config.optimizer.lr_at(step, num_steps))
         weight = confidence_weight(step, num_steps, config.confidence, config.ramp_fraction, config.ramp)
-        metrics, buffer = update(student, optimizer, chosen, buffer, weight, config, f"{stage.name}, step {step + 1}")
+        with compiled():
+            metrics, buffer = update(
+                student, optimizer, chosen, buffer, weight, config, f"{stage.name}, step {step + 1}"
+            )
         metrics["epoch"] = (step + 1) / steps_per_epoch
         if (step + 1) % config.evaluate_every == 0 or step + 1 == num_steps:
             found = look(student, valid_examples, measure, config)

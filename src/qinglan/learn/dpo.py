@@ -30,6 +30,7 @@ from qinglan.core.rng import permutation, stream_seed
 from qinglan.core.run import Stage
 from qinglan.learn.batch import make_batches
 from qinglan.learn.checks import MAX_MEAN_RATIO_ERROR
+from qinglan.learn.compiling import compile_trunks
 from qinglan.learn.dropout import adapter_dropout
 from qinglan.learn.encode import encode_completion
 from qinglan.learn.losses import GroupLoss, group_policy_loss
@@ -84,6 +85,8 @@ class DPOConfig(Config):
     """Comparisons with a longer prompt and completion, in tokens, are left out and counted; default: the context."""
     lora: LoRAConfig = LoRAConfig()
     """Train a low-rank adapter in place of every weight."""
+    compile: bool = False
+    """Compile the trunk's training step with `torch.compile`; a run is then repeatable, but not to the last bit."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Updates between two checkpoints."""
 
@@ -155,6 +158,7 @@ def train_dpo(
     steps_done = state.step if state else 0
 
     # 3. Loop
+    compiled = compile_trunks([policy.model], config.compile, policy.device, stage.name, dropout=config.lora.dropout)
     progress = stage.progress(num_steps)
     for step in range(steps_done, num_steps):
         epoch, place = divmod(step, steps_per_epoch)
@@ -162,7 +166,8 @@ def train_dpo(
         chosen = [examples[i] for i in order[place * config.batch_size :][: config.batch_size]]
         set_lr(optimizer, config.optimizer.lr_at(step, num_steps))
         masks = stream_seed(seed, "dpo", "dropout", step)
-        metrics = update(policy, optimizer, chosen, config, masks, f"{stage.name}, step {step + 1}")
+        with compiled():
+            metrics = update(policy, optimizer, chosen, config, masks, f"{stage.name}, step {step + 1}")
         if step + 1 == num_steps:
             metrics |= evaluate_groups(policy, valid_examples, config)
         stage.log(step + 1, {**metrics, "epoch": (step + 1) / steps_per_epoch})

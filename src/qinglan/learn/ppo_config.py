@@ -100,6 +100,8 @@ class PPOConfig(Config):
     """Put several short sequences into one row, each seeing only itself; pays where lengths differ much."""
     lora: LoRAConfig = LoRAConfig()
     """Train low-rank adapters of policy and value model in place of every weight."""
+    compile: bool = False
+    """Compile the trunk's training step with `torch.compile`; a run is then repeatable, but not to the last bit."""
     checkpoint_every: int = Field(default=5, ge=1)
     """Iterations between two checkpoints."""
     samples_every: int = Field(default=5, ge=1)

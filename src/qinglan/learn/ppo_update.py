@@ -8,6 +8,7 @@ Legend: E episodes of an iteration, T tokens of the longest completion, N sample
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from statistics import fmean
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from qinglan.core.errors import InputError
 from qinglan.core.rng import permutation, stream_seed
 from qinglan.learn.batch import make_batches
 from qinglan.learn.checks import check_ratio
+from qinglan.learn.compiling import Compiled, compile_trunks
 from qinglan.learn.optimize import (
     check_finite,
     clip_gradients,
@@ -53,6 +55,8 @@ class Learners(NamedTuple):
     average: dict[str, Tensor]
     shares_trunk: bool = False
     """True where the value model is a head on the policy's trunk."""
+    compiled: Compiled = nullcontext
+    """Makes the context in which gradients are computed."""
 
     @property
     def value_module(self) -> nn.Module | None:
@@ -75,7 +79,16 @@ class Targets(NamedTuple):
 def make_learners(
     start: LanguageModel, value_start: ScalarModel | None, config: PPOConfig, seed: int, stage: str
 ) -> Learners:
-    """Return copies of policy and value model with an optimizer each."""
+    """Return copies of policy and value model with an optimizer each, compiled where that is wanted."""
+    learners = _make_learners(start, value_start, config, seed, stage)
+    own_trunk = [] if learners.value is None or learners.shares_trunk else [learners.value.model]
+    models = [learners.policy.model, *own_trunk]
+    return learners._replace(compiled=compile_trunks(models, config.compile, start.device, stage))
+
+
+def _make_learners(
+    start: LanguageModel, value_start: ScalarModel | None, config: PPOConfig, seed: int, stage: str
+) -> Learners:
     policy = start_of_training(start, config.lora, seed=stream_seed(seed, "ppo", "adapter"), name=stage)
     policy_optimizer = make_optimizer(policy.model, config.learning_rate, betas=config.betas, eps=config.eps)
     average: dict[str, Tensor] = {}
@@ -162,7 +175,8 @@ def update(
         for place in range(0, len(order), config.minibatch_episodes):
             # Gradients of the whole minibatch, however it is cut; those of pretraining go into the same step.
             chosen = order[place : place + config.minibatch_episodes]
-            found = accumulate_gradients(learners, rollout, targets, chosen, config)
+            with learners.compiled():
+                found = accumulate_gradients(learners, rollout, targets, chosen, config)
             if epoch == place == 0:
                 mean_error = found.ratio_error / found.num_tokens
                 check_ratio(found.worst_ratio_error, mean_error, policy.device.compute_dtype, where)

@@ -26,6 +26,7 @@ from qinglan.core.records import Demonstrated
 from qinglan.core.rng import permutation, stream_seed
 from qinglan.core.run import Stage
 from qinglan.learn.batch import make_batches
+from qinglan.learn.compiling import compile_trunks
 from qinglan.learn.dropout import adapter_dropout, residual_dropout
 from qinglan.learn.encode import encode_completion
 from qinglan.learn.losses import cross_entropy
@@ -78,6 +79,8 @@ class SFTConfig(Config):
     """Demonstrations with more tokens, prompt included, are left out and counted; default: the model's context."""
     lora: LoRAConfig = LoRAConfig()
     """Train a low-rank adapter in place of every weight."""
+    compile: bool = False
+    """Compile the trunk's training step with `torch.compile`; a run is then repeatable, but not to the last bit."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Updates between two checkpoints; one is also written after each epoch with a `select` function."""
 
@@ -143,6 +146,8 @@ def train_sft(
         steps_done, best = state.step, Best.restored(state)
 
     # 3. Loop
+    dropout = max(config.dropout, config.lora.dropout)
+    compiled = compile_trunks([student.model], config.compile, student.device, stage.name, dropout=dropout)
     progress = stage.progress(num_steps)
     for step in range(steps_done, num_steps):
         epoch, place = divmod(step, steps_per_epoch)
@@ -150,7 +155,8 @@ def train_sft(
         chosen = [examples[i] for i in order[place * config.batch_size :][: config.batch_size]]
         set_lr(optimizer, config.optimizer.lr_at(step, num_steps))
         masks = stream_seed(seed, "sft", "dropout", step)
-        metrics = update(student, optimizer, chosen, mix(step), config, masks, f"{stage.name}, step {step + 1}")
+        with compiled():
+            metrics = update(student, optimizer, chosen, mix(step), config, masks, f"{stage.name}, step {step + 1}")
         metrics["epoch"] = (step + 1) / steps_per_epoch
 
         is_epoch_end = place == steps_per_epoch - 1
