@@ -151,7 +151,7 @@ def test_nothing_saved_is_nothing_loaded(tmp_path):
     assert Checkpointer(tmp_path / "absent").load() is None
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "no_hash"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "no_hash", "wrong_hash"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys, damage):
     save_steps(Checkpointer(tmp_path), 10, 20)
     newest = tmp_path / "step-00000020.safetensors"
@@ -161,8 +161,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caps
         newest.write_bytes(content)
     elif damage == "cut":
         newest.write_bytes(content[:10])
-    else:
+    elif damage == "gone":
+        newest.unlink()
+    elif damage == "no_hash":
         newest.with_name(newest.name + ".sha256").unlink()
+    else:
+        newest.with_name(newest.name + ".sha256").write_text(f"{'0' * 64}  {newest.name}\n")
     state = Checkpointer(tmp_path).load()
     assert state is not None and state.step == 10
     assert torch.equal(state.tensors["x"], torch.full((4,), 10.0))

@@ -231,8 +231,10 @@ class Run:
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Append one line of metrics; on reading, a step logged again after a resume replaces the earlier line."""
         line = json.dumps({"stage": stage, "step": step, **metrics})
-        with (self.dir / "metrics.jsonl").open("a", encoding="utf-8") as out:
-            out.write(line + "\n")
+        with (self.dir / "metrics.jsonl").open("ab+") as out:
+            if out.tell() and out.seek(-1, os.SEEK_END) and out.read(1) != b"\n":
+                line = f"\n{line}"  # a crash cut the last line short: it must not swallow this one
+            out.write(f"{line}\n".encode())
 
     def metrics(self, stage: str) -> list[dict[str, float]]:
         """Return the metrics of a stage in order of step, the last line of each step winning."""

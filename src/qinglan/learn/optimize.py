@@ -207,12 +207,15 @@ class Checkpointer:
         return path
 
     def load(self) -> TrainingState | None:
-        """Return the newest whole checkpoint, or None. A damaged one is named on standard error and passed over."""
-        for path in sorted(self.directory.glob("step-*.safetensors"), reverse=True):
+        """Return the newest whole checkpoint, or None. One that is damaged or gone is named on standard error."""
+        names = {path.name.removesuffix(".sha256") for path in self.directory.glob("step-*")}
+        for path in (self.directory / name for name in sorted(names, reverse=True)):
             recorded = _hash_file(path)
-            if recorded.is_file() and recorded.read_text(encoding="utf-8").split(" ")[0] == sha256_of(path):
+            has_both = path.is_file() and recorded.is_file()
+            if has_both and recorded.read_text(encoding="utf-8").split(" ")[0] == sha256_of(path):
                 return _read(path)
-            print(f"{path}: damaged or unfinished checkpoint; going on from the one before it", file=sys.stderr)
+            what = "damaged or unfinished" if path.is_file() else "missing"
+            print(f"{path}: {what} checkpoint; going on from the one before it", file=sys.stderr)
         return None
 
     def clear(self) -> None:
