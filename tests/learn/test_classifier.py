@@ -274,27 +274,27 @@ def test_pairs_are_shown_in_random_order() -> None:
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-def problem(cases: Sequence[Case], targets: Sequence[float], **changes: Any) -> str:
-    stage = make_stage(Path("never written"), "student")
+def problem(directory: Path, cases: Sequence[Case], targets: Sequence[float], **changes: Any) -> str:
+    stage = make_stage(directory, "student")
     with pytest.raises(InputError) as caught:
         train_classifier(make_lm(), Labelled(cases, targets), settings(**changes), stage=stage, seed=0)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_bad_input_is_one_clear_line() -> None:
+def test_bad_input_is_one_clear_line(tmp_path: Path) -> None:
     cases = [case("ab"), case("cd")]
-    assert "all 2 labels say class 1; expected both" in problem(cases, [1.0, 0.9])
-    assert "all 2 labels say no class at all" in problem(cases, [0.5, 0.5])
-    assert "case case-0-cd: label 1.5; expected a number from 0 to 1" in problem(cases, [0.0, 1.5])
-    assert "label nan" in problem(cases, [0.0, float("nan")])
-    assert "1 labels for 2 cases" in problem(cases, [1.0])
-    assert "no cases to train on" in problem([], [])
-    assert "are mixed" in problem([case("ab"), case("cd", "ef")], [1.0, 0.0])
-    long = problem([case("ab"), case("x" * 200)], [1.0, 0.0])
+    assert "all 2 labels say class 1; expected both" in problem(tmp_path, cases, [1.0, 0.9])
+    assert "all 2 labels say no class at all" in problem(tmp_path, cases, [0.5, 0.5])
+    assert "case case-0-cd: label 1.5; expected a number from 0 to 1" in problem(tmp_path, cases, [0.0, 1.5])
+    assert "label nan" in problem(tmp_path, cases, [0.0, float("nan")])
+    assert "1 labels for 2 cases" in problem(tmp_path, cases, [1.0])
+    assert "no cases to train on" in problem(tmp_path, [], [])
+    assert "are mixed" in problem(tmp_path, [case("ab"), case("cd", "ef")], [1.0, 0.0])
+    long = problem(tmp_path, [case("ab"), case("x" * 200)], [1.0, 0.0])
     assert "a text of 201 tokens; the context of tiny-llama is 128 tokens" in long
-    assert "keep is 'best', but there are no validation cases" in problem(cases, [1.0, 0.0], keep="best")
-    assert "keep is 'oracle', but nothing measures the truth" in problem(cases, [1.0, 0.0], keep="oracle")
+    assert "keep is 'best', but there are no validation cases" in problem(tmp_path, cases, [1.0, 0.0], keep="best")
+    assert "keep is 'oracle', but nothing measures the truth" in problem(tmp_path, cases, [1.0, 0.0], keep="oracle")
 
 
 def test_a_loss_that_is_not_finite_names_stage_and_step(tmp_path: Path) -> None:
