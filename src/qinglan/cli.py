@@ -46,6 +46,13 @@ COMMANDS: dict[str, Command] = {
         "demonstrations, rankings, reward model and PPO in one run",
         keeps_run=True,
     ),
+    "weak-to-strong": Command(
+        "recipes.weak_to_strong",
+        "WeakToStrongConfig",
+        "main",
+        "how much of a strong model's gap a weak supervisor recovers",
+        keeps_run=True,
+    ),
     "sft": Command("commands.train", "SFTCommand", "sft", "fine-tune a model on demonstrations", keeps_run=True),
     "reward": Command(
         "commands.train", "RewardCommand", "reward", "train a reward model on comparisons", keeps_run=True

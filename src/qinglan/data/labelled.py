@@ -178,9 +178,18 @@ class Sides(NamedTuple):
     test: list[LabelledCase]
 
 
-def split_sides(items: Sequence[LabelledCase], sizes: Sizes, *, seed: int, test_seed: int, where: str) -> Sides:
+def split_sides(
+    items: Sequence[LabelledCase],
+    sizes: Sizes,
+    *,
+    seed: int,
+    test_seed: int,
+    where: str,
+    balance_training: bool = True,
+) -> Sides:
     """Return the four sides; the test side depends on `test_seed` alone, the others on `seed` too.
 
+    Without `balance_training` all sides but the test keep the classes as they come, as the released code does.
     Where there are fewer items than wanted, all sides shrink alike. Raises `InputError` for one class only, for a
     side that would have fewer than 8 cases of each class, and for a group that is on two sides.
     """
@@ -205,11 +214,16 @@ def split_sides(items: Sequence[LabelledCase], sizes: Sizes, *, seed: int, test_
         needy = min(("half_a", "half_b", "valid"), key=lambda name: len(filled[name]) / max(1, wanted[name]))
         filled[needy] += groups[rest[place]]
     seeds = {"test": test_seed}
-    sides = {name: balanced(found, seeds.get(name, seed), wanted[name]) for name, found in filled.items()}
+    sides = {
+        name: balanced(found, seeds.get(name, seed), wanted[name])
+        if balance_training or name == "test"
+        else [found[i] for i in permutation(len(found), seed, "as they come")][: wanted[name]]
+        for name, found in filled.items()
+    }
     for name, found in sides.items():
         if len(found) < 16 and wanted[name] > 0:
             raise InputError(
-                f"{where}: {len(items)} cases in {len(groups)} groups leave {len(found)} balanced ones for {name}; "
+                f"{where}: {len(items)} cases in {len(groups)} groups leave {len(found)} for {name}; "
                 "expected at least 16, too few for an interval; give more cases or more groups"
             )
     made = Sides(**sides)

@@ -138,7 +138,13 @@ def sequence_logits(classifier: TextClassifier, sequences: Sequence[TokenSequenc
 
 def text_logits(classifier: TextClassifier, cases: Sequence[Case], max_tokens: int = 8192) -> list[tuple[float, ...]]:
     """Return z of each text of each case: one number, or two for a pair."""
-    encoded = [encode_case(classifier, case) for case in cases]
+    return encoded_logits(classifier, [encode_case(classifier, case) for case in cases], max_tokens)
+
+
+def encoded_logits(
+    classifier: TextClassifier, encoded: Sequence[Sequence[TokenSequence]], max_tokens: int = 8192
+) -> list[tuple[float, ...]]:
+    """Return z of each text of each case that is tokenised already."""
     flat = sequence_logits(classifier, [one for sequences in encoded for one in sequences], max_tokens)
     numbers = iter(flat.tolist())
     return [tuple(next(numbers) for _ in sequences) for sequences in encoded]
@@ -146,8 +152,12 @@ def text_logits(classifier: TextClassifier, cases: Sequence[Case], max_tokens: i
 
 def case_logits(classifier: TextClassifier, cases: Sequence[Case], max_tokens: int = 8192) -> Tensor:
     """Return the logit of each case, fp32 [n]: of class 1, or that the first text is better."""
-    found = text_logits(classifier, cases, max_tokens)
-    return torch.tensor([one[0] if len(one) == 1 else one[0] - one[1] for one in found])
+    return torch.tensor(margins(text_logits(classifier, cases, max_tokens)))
+
+
+def margins(logits: Sequence[tuple[float, ...]]) -> list[float]:
+    """Return the logit of each case from those of its texts: z, or z(first) - z(second)."""
+    return [one[0] if len(one) == 1 else one[0] - one[1] for one in logits]
 
 
 def save_classifier(classifier: TextClassifier, directory: Path) -> None:

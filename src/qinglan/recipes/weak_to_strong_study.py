@@ -1,0 +1,135 @@
+"""Which cells a weak-to-strong study consists of, wave by wave."""
+
+from collections.abc import Iterator, Sequence
+
+from qinglan.core.run import Run
+from qinglan.evals.weak_to_strong import Admitted
+from qinglan.recipes.weak_to_strong_answers import ANSWERING_METHODS, is_answering
+from qinglan.recipes.weak_to_strong_config import WeakToStrongConfig
+from qinglan.recipes.weak_to_strong_data import (
+    OWN_FILE,
+    cases_of,
+    chain_of,
+    open_model,
+    records_cell,
+    sides_of,
+)
+from qinglan.recipes.weak_to_strong_grid import Cell, is_model, short
+from qinglan.supervisors.rules import is_rule, load_rule
+from qinglan.tasks.judgements import TASKS as JUDGING
+from qinglan.tasks.judgements import task_named
+
+FIRST_ADMISSION_SEED = 1000
+"""Admission has fine-tuning seeds of its own, far from those of the study."""
+
+
+def tasks_of(config: WeakToStrongConfig) -> tuple[str, ...]:
+    """Return the tasks: the user's file, or those of the built-in world."""
+    return (OWN_FILE,) if config.data.file or config.comparisons else config.tasks
+
+
+def check_input(config: WeakToStrongConfig, seed: int) -> None:
+    """Open every model and rule and read the user's file, so that a mistake shows before the run's folder is made."""
+    for name in dict.fromkeys((*config.weak, *config.strong, *config.between)):
+        if is_model(name):
+            open_model(config, name)
+        elif is_rule(name):
+            load_rule(name)
+    for task in tasks_of(config):
+        if task == OWN_FILE:
+            sides_of(config, task, seed, 0)
+        elif not is_answering(task):
+            task_named(task)
+
+
+def add_inputs(run: Run, config: WeakToStrongConfig) -> None:
+    """Note the user's files with their hashes."""
+    for name, path in {"data": config.data.file, "comparisons": config.comparisons, "puzzles": config.puzzles}.items():
+        if path is not None:
+            run.add_input(name, path)
+
+
+# ---------------------------------------------------------------------------------------------------------- cells
+
+
+def own_records(config: WeakToStrongConfig, seed: int) -> list[Cell]:
+    """Return a cell for every model and every task in which models first write what they remember."""
+    models = dict.fromkeys(name for name in (*config.weak, *config.strong, *config.between) if is_model(name))
+    asked = [
+        task
+        for task in tasks_of(config)
+        if task in JUDGING and any(one.case.after_record is not None for one in cases_of(config, task, seed))
+    ]
+    return [records_cell(task, model) for task in asked for model in models]
+
+
+def _anchors(config: WeakToStrongConfig, tasks: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+    """Return base, ceiling and supervisor cells of tasks and seeds."""
+    cells = []
+    for task in tasks:
+        for seed in seeds:
+            cells += [Cell("base", task, strong, seed) for strong in config.strong]
+            cells += [Cell("supervisor", task, weak, seed) for weak in config.weak]
+            cells += [Cell("ceiling", task, strong, seed) for strong in config.strong]
+    return cells
+
+
+def trials(config: WeakToStrongConfig) -> list[Cell]:
+    """Return the cells that admission rests on."""
+    return _anchors(config, tasks_of(config), admission_seeds(config))
+
+
+def admission_seeds(config: WeakToStrongConfig) -> list[int]:
+    """Return the fine-tuning seeds of admission."""
+    return [FIRST_ADMISSION_SEED + number for number in range(config.admission.seeds)]
+
+
+def chosen_pairs(config: WeakToStrongConfig, admission: Sequence[Admitted]) -> list[Admitted]:
+    """Return the tasks with the pairs of models whose students are trained."""
+    return [one for one in admission if one.is_admitted or (config.students == "all" and one.measured)]
+
+
+def full_names(config: WeakToStrongConfig, one: Admitted) -> tuple[str, str]:
+    """Return supervisor and student as the configuration names them."""
+    by_name = {short(name): name for name in (*config.weak, *config.strong)}
+    return by_name[one.weak], by_name[one.strong]
+
+
+def floors_and_ceilings(config: WeakToStrongConfig, admission: Sequence[Admitted]) -> list[Cell]:
+    """Return base, supervisor and ceiling cells of the study's seeds, those of the released code among them."""
+    tasks = dict.fromkeys(one.task for one in chosen_pairs(config, admission))
+    cells = _anchors(config, list(tasks), range(config.seeds))
+    if config.released:
+        cells += [
+            cell._replace(method="released")
+            for cell in cells
+            if cell.role in ("supervisor", "ceiling") and not is_answering(cell.task)
+        ]
+    return cells
+
+
+def methods_of(config: WeakToStrongConfig, task: str) -> list[str]:
+    """Return the methods that make sense for a task."""
+    if is_answering(task):
+        return [method for method in config.methods if method in ANSWERING_METHODS]
+    return [*config.methods, *(("released_naive", "released_confidence") if config.released else ())]
+
+
+def students(config: WeakToStrongConfig, admission: Sequence[Admitted]) -> Iterator[list[Cell]]:
+    """Yield waves of cells: students of the supervisor, then link after link, then bootstrapped students."""
+    direct: list[Cell] = []
+    links: list[list[Cell]] = [[] for _ in config.between]
+    last: list[Cell] = []
+    for one in chosen_pairs(config, admission):
+        weak, strong = full_names(config, one)
+        chain = chain_of(config, weak, strong)
+        for seed in range(config.seeds):
+            for method in methods_of(config, one.task):
+                cell = Cell("student", one.task, strong, seed, weak=weak, method=method)
+                if method != "bootstrap":
+                    direct.append(cell)
+                elif chain:
+                    last.append(cell)
+                    for level, model in enumerate(chain):
+                        links[level].append(Cell("link", one.task, model, seed, weak=weak))
+    yield from (wave for wave in (direct, *links, last) if wave)
