@@ -284,7 +284,7 @@ def problem(directory: Path, cases: Sequence[Case], targets: Sequence[float], **
 
 def test_bad_input_is_one_clear_line(tmp_path: Path) -> None:
     cases = [case("ab"), case("cd")]
-    assert "all 2 labels say class 1; expected both" in problem(tmp_path, cases, [1.0, 0.9])
+    assert "all 2 labels say class 1; expected both" in problem(tmp_path, cases, [1.0, 1.0])
     assert "all 2 labels say no class at all" in problem(tmp_path, cases, [0.5, 0.5])
     assert "case case-0-cd: label 1.5; expected a number from 0 to 1" in problem(tmp_path, cases, [0.0, 1.5])
     assert "label nan" in problem(tmp_path, cases, [0.0, float("nan")])

@@ -16,6 +16,7 @@ small batch; gradients are clipped. `ClassifierConfig.released()` has the choice
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, Self
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -45,7 +46,9 @@ from qinglan.learn.optimize import (
     set_lr,
     training_tensors,
 )
+from qinglan.learn.probe import fit_probe
 from qinglan.models.adapters import LoRAConfig, end_of_training
+from qinglan.models.cases import case_features
 from qinglan.models.classifier import (
     HeadStart,
     TextClassifier,
@@ -54,6 +57,7 @@ from qinglan.models.classifier import (
     logits_of_batch,
     save_classifier,
     sequence_logits,
+    set_direction,
 )
 from qinglan.models.language_model import LanguageModel
 
@@ -64,17 +68,17 @@ MeasureTruth = Callable[[TextClassifier], Mapping[str, float]]
 class ClassifierConfig(Config):
     """Fine-tuning of a classifier; the defaults suit 0.2 to 2 million parameters and hundreds of short texts."""
 
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3)
-    """AdamW and its cosine schedule."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_fraction=0.1)
+    """AdamW and its cosine schedule; at 1e-3 models of 2 million parameters forget what they know (`LOG.md`)."""
     num_epochs: int = Field(default=2, ge=1)
     """Passes over the cases (paper: 2 for NLP tasks, 1 for reward models)."""
     batch_size: int = Field(default=8, ge=1)
     """Cases per update (paper: 32; small here, so that few cases still make 200 updates and more)."""
     num_outputs: int = Field(default=2, ge=1, le=2)
     """Units of the head: one for each class, or a single logit; pairs of texts always have one."""
-    head: HeadStart = "normal"
-    """First weights of the head: N(0, 1/(D+1)), zero, or the unembedding rows of the verdict words (paper: of "0" and
-    "1")."""
+    head: HeadStart = "probe"
+    """First weights of the head: a linear probe of the same labels (Kumar et al. 2022: a random head first distorts
+    what the model knows), the unembedding rows of the verdict words (paper: of "0" and "1"), N(0, 1/(D+1)), or zero."""
     loss: Literal["naive", "confidence", "product"] = "naive"
     """Cross-entropy against the labels, with the auxiliary confidence loss, or against the product with own
     predictions (released code only)."""
@@ -188,6 +192,8 @@ def train_classifier(
     checkpointer = Checkpointer(stage.dir / "checkpoints")
     state = checkpointer.load()
     if state is None:
+        if config.head == "probe":
+            set_direction(student, probe_direction(start, labelled))
         steps_done, best, buffer = 0, Best(None, 0, {}), Buffer(torch.empty(0), torch.empty(0))
         stage.log(0, look(student, valid_examples, measure, config))
     else:
@@ -227,6 +233,12 @@ def train_classifier(
     save_classifier(student, directory)
     checkpointer.clear()
     return student
+
+
+def probe_direction(lm: LanguageModel, labelled: Labelled) -> Tensor:
+    """Return the direction [D] of a linear probe without bias (heads have none), fitted to the labels."""
+    probe = fit_probe(case_features(lm, labelled.cases), np.array(labelled.targets), with_bias=False)
+    return torch.tensor(probe.weights, dtype=torch.float32)
 
 
 def _check_keep(config: ClassifierConfig, valid: Sequence[Example], measure: MeasureTruth | None, where: str) -> None:

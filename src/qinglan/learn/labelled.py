@@ -27,7 +27,7 @@ class Example(NamedTuple):
 
 
 def check_labelled(labelled: Labelled, where: str) -> None:
-    """Raise `InputError` for no cases, labels outside [0, 1], one class only, or single texts mixed with pairs."""
+    """Raise `InputError` for no cases, labels outside [0, 1], hard labels of one class, or texts mixed with pairs."""
     cases, targets = labelled
     if len(cases) != len(targets):
         raise InputError(f"{where}: {len(targets)} labels for {len(cases)} cases; expected one for each")
@@ -40,7 +40,9 @@ def check_labelled(labelled: Labelled, where: str) -> None:
         raise InputError(f"{where}: cases of one text and of two are mixed; expected one kind")
     is_pair = len(cases[0].texts) == 2  # the order of a pair is drawn, so that both classes occur anyway
     classes = {target > 0.5 for target in targets if target != 0.5}
-    if not is_pair and len(classes) < 2:
+    # Soft labels that lean to one side still order the cases; hard ones of a single class say nothing.
+    is_hard = all(target in (0.0, 0.5, 1.0) for target in targets)
+    if not is_pair and is_hard and len(classes) < 2:
         only = "no class at all" if not classes else f"class {int(classes.pop())}"
         raise InputError(f"{where}: all {len(cases)} labels say {only}; expected both; nothing can be learnt from one")
 

@@ -38,7 +38,7 @@ from qinglan.models.directory import load_tokenizer, prepare, save_weights, writ
 from qinglan.models.language_model import LanguageModel, hidden_states
 from qinglan.models.tokens import TokenBatch, TokenSequence, padded_batches
 
-HeadStart = Literal["normal", "zero", "words"]
+HeadStart = Literal["probe", "words", "normal", "zero"]
 
 
 class TextClassifier(NamedTuple):
@@ -65,8 +65,9 @@ def classifier_from(
     Args:
         lm: whose trunk is copied.
         num_outputs: 2, one unit for each class, or 1.
-        head: "normal": weights ~ N(0, 1/(D+1)); "zero" (the code released with the paper); "words": the unembedding
-            rows of `words`, so that training starts at the zero-shot verdict (the paper, for the words "0" and "1").
+        head: "normal": weights ~ N(0, 1/(D+1)); "zero" (the code released with the paper), which a "probe" replaces
+            (`set_direction`); "words": the unembedding rows of `words`, so that training starts at the zero-shot
+            verdict (the paper, for the words "0" and "1").
         seed: draws a "normal" head, and the first weights of an adapter.
         words: what says class 0 and class 1.
         lora: an adapter in place of training every weight.
@@ -90,7 +91,7 @@ def classifier_from(
     if head == "normal":
         start = stream(seed, "classification head")
         weight = torch.randn((num_outputs, num_hidden), generator=start) * (num_hidden + 1) ** -0.5
-    elif head == "zero":
+    elif head in ("zero", "probe"):
         weight = torch.zeros((num_outputs, num_hidden))
     else:
         weight = _word_rows(lm, words)
@@ -100,6 +101,14 @@ def classifier_from(
         model.score.weight.copy_(weight)
     student = trainable_copy(model, lora, seed=stream_seed(seed, "adapter"))
     return TextClassifier(prepare(student), lm.tokenizer, lm.chat, lm.device, lm.name)
+
+
+def set_direction(classifier: TextClassifier, direction: Tensor) -> None:
+    """Set the head so that z = direction . state, from a direction [D], in place."""
+    head: Any = classifier.model.score
+    rows = direction[None] if head.weight.shape[0] == 1 else torch.stack([-direction / 2, direction / 2])
+    with torch.no_grad():
+        head.weight.copy_(rows)
 
 
 def _word_rows(lm: LanguageModel, words: tuple[str, str] | None) -> Tensor:

@@ -17,6 +17,9 @@ from qinglan.data.labelled import LabelledCase
 from qinglan.tasks import lexicon as lx
 from qinglan.tasks import world
 from qinglan.tasks.assistant import grade, make_item, overall
+from qinglan.tasks.code_cases import draw_task
+from qinglan.tasks.code_documents import MAX_PIECES, draw_program, num_pieces, task_text
+from qinglan.tasks.code_faults import tamper
 from qinglan.tasks.item import Draw, Item
 from qinglan.tasks.writing import plain_sentence
 
@@ -137,6 +140,22 @@ def sentiment(rng: random.Random, label: int) -> LabelledCase:
             return labelled(label, item.key["text"], "", ("Bad", "Good"), messages=item.messages)
 
 
+def program(rng: random.Random, label: int) -> LabelledCase:
+    """Does a program do what its specification says? The wrong ones have one plausible fault that changes results."""
+    draw = Draw(rng, held_out=True)
+    while True:
+        task = draw_task(draw, "basic")
+        text = draw_program(draw, task)
+        if not label:
+            found = tamper(draw, text, task.cases)
+            if found is None:
+                continue
+            text = found.program
+        shown = f"{task_text(task)} {text}\n Verdict:"
+        if num_pieces(shown) <= MAX_PIECES:
+            return labelled(label, task.composition.operations, shown, ("wrong", "correct"))
+
+
 # ---------------------------------------------------------------------------------------------------------- replies
 
 
@@ -196,6 +215,7 @@ TASKS: dict[str, JudgingTask] = {
         JudgingTask("letters", "a word has a letter", letters),
         JudgingTask("grammar", "a sentence has its words in order", grammar),
         JudgingTask("sentiment", "a review is good", sentiment),
+        JudgingTask("programs", "a program does what its specification says", program),
         JudgingTask("sums", "a reply gives the right sum", _reply("arithmetic")),
         JudgingTask("sorting", "a reply has the right order", _reply("sorting")),
         JudgingTask("passages", "a passage supports the reply", _reply("closed_qa")),
