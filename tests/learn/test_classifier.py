@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_world import LETTERS, make_lm, make_stage
@@ -16,7 +17,8 @@ from qinglan.learn.classifier import Buffer, ClassifierConfig, example_logits, m
 from qinglan.learn.confidence import balanced_threshold, confidence_targets, confidence_weight, product_targets
 from qinglan.learn.labelled import Labelled, encode_examples, is_shown_second_first
 from qinglan.learn.optimize import OptimizerConfig
-from qinglan.models.cases import encode_case
+from qinglan.learn.probe import fit_probe
+from qinglan.models.cases import case_features, encode_case
 from qinglan.models.classifier import TextClassifier, case_logits, classifier_from, load_classifier
 
 
@@ -56,6 +58,7 @@ def accuracy(student: TextClassifier, labelled: Labelled) -> float:
 
 def settings(**changes: Any) -> ClassifierConfig:
     usual = {"optimizer": OptimizerConfig(learning_rate=3e-3), "keep": "last", "batch_size": 8, "num_epochs": 8}
+    usual |= {"head": "normal"}  # from random weights there is nothing that a probe could read
     return ClassifierConfig(**(usual | changes))
 
 
@@ -198,6 +201,17 @@ def test_it_learns_and_repeats(tmp_path: Path, make: Any, loss: str) -> None:
     assert_equal_weights(first, train(tmp_path / "two", labelled, config))
     loaded = load_classifier(tmp_path / "one" / "stages" / "classifier" / "model", first.device)
     torch.testing.assert_close(case_logits(loaded, unseen.cases), case_logits(first, unseen.cases))
+
+
+@pytest.mark.parametrize("make", [words_with_q, pairs])
+def test_training_starts_at_a_linear_probe_of_the_labels(tmp_path: Path, make: Any) -> None:
+    labelled, unseen = soft(make(40)), make(10, seed=3).cases
+    still = settings(head="probe", num_epochs=1, optimizer=OptimizerConfig(learning_rate=0.0))
+    student = train(tmp_path, labelled, still)
+    states = case_features(make_lm(), labelled.cases)
+    probe = fit_probe(states, np.array(labelled.targets), with_bias=False)
+    expected = torch.tensor(probe.logits(case_features(make_lm(), unseen)), dtype=torch.float32)
+    torch.testing.assert_close(case_logits(student, unseen), expected, atol=1e-4, rtol=1e-3)
 
 
 class Killed(Exception):

@@ -13,7 +13,7 @@ from qinglan.evals import figures
 from qinglan.evals.figures import DotRow, Line, Panel
 from qinglan.evals.formatting import write_interval, write_value
 from qinglan.evals.report import Figure, Page, Section, Table
-from qinglan.evals.weak_to_strong import POOLED, Findings, PairOutcome
+from qinglan.evals.weak_to_strong import POOLED, Admitted, Findings, PairOutcome
 
 Metrics = Mapping[str, Measure]
 MAX_PANELS = 6
@@ -102,24 +102,18 @@ def recovery_section(metrics: Metrics, pairs: Sequence[PairOutcome]) -> Section 
         rows.append(DotRow(task.replace("_", " "), _dots(metrics, names | {"ceiling": f"accuracy/ceiling/{task}"})))
     methods = list(dict.fromkeys(method for pair in pairs for method in pair.answers.students))
     gaps = [DotRow(m.replace("_", " "), {"PGR": metrics[f"pgr/{m}"]}) for m in methods if f"pgr/{m}" in metrics]
-    header = (
-        "task",
-        "weak",
-        "zero-shot",
-        "student, naive",
-        "ceiling",
-        *(f"PGR {m.replace('_', ' ')}" for m in methods),
-    )
-    table = tuple(
+    accuracies = tuple(
         (
             task,
-            *(metrics.get(f"accuracy/{who}/{task}") for who in ("weak", "zero_shot")),
+            metrics.get(f"accuracy/weak/{task}"),
+            metrics.get(f"accuracy/zero_shot/{task}"),
             metrics.get(f"accuracy/student/{task}/naive"),
+            metrics.get(f"accuracy/student/{task}/confidence"),
             metrics.get(f"accuracy/ceiling/{task}"),
-            *(_gap_cell(metrics.get(f"pgr/{task}/{method}")) for method in methods),
         )
         for task in tasks
     )
+    recovered = tuple((task, *(_gap_cell(metrics.get(f"pgr/{task}/{method}")) for method in methods)) for task in tasks)
     text = (
         "Performance gap recovered = (student - weak) / (ceiling - weak), as a ratio of sums over seeds; intervals are "
         "over items and seeds. Where the gap's own interval reaches zero there is no number.",
@@ -132,7 +126,14 @@ def recovery_section(metrics: Metrics, pairs: Sequence[PairOutcome]) -> Section 
             Figure("Accuracy by task", figures.dot_rows(rows, reference=0.5, reference_label="chance"), "Accuracies."),
             Figure("Gap recovered by method, admitted tasks", figures.dot_rows(gaps), "Gap recovered by method."),
         ),
-        tables=(Table(header, table, "All tasks whose students were trained, for the headline pair of models."),),
+        tables=(
+            Table(
+                ("task", "weak", "zero-shot", "student, naive", "confidence", "ceiling"),
+                accuracies,
+                "Accuracy on all tasks whose students were trained, for the headline pair of models.",
+            ),
+            Table(("task", *(m.replace("_", " ") for m in methods)), recovered, "Gap recovered by task and method."),
+        ),
     )
 
 
@@ -257,22 +258,27 @@ def knowledge_section(metrics: Metrics, pairs: Sequence[PairOutcome], found: Fin
 
 def admission_section(found: Findings) -> Section:
     """Return which tasks count, by rules fixed beforehand on seeds of their own, and what was left out."""
-    keys = ("weak", "ceiling", "gap", "zero_shot", "zero_shot_balanced", "probe", "base_above_weak")
-    rows = tuple(
-        (
-            one.task,
-            f"{one.weak} to {one.strong}",
-            "admitted" if one.is_admitted else "not admitted",
-            *(one.measured.get(key) for key in keys),
-            "; ".join(one.reasons),
-        )
-        for one in found.outcome.admission
+    keys = ("weak", "ceiling", "gap", "zero_shot", "probe", "base_above_weak")
+    tried = found.outcome.admission
+    numbers = tuple((_models(one), *(one.measured.get(key) for key in keys)) for one in tried)
+    verdicts = tuple(
+        (_models(one), "admitted" if one.is_admitted else "not admitted", "; ".join(one.reasons)) for one in tried
     )
-    header = ("task", "models", "verdict", *(key.replace("_", " ") for key in keys), "why not")
     text = (
         "A task counts if the weak supervisor is good enough to teach, the ceiling is clearly above it, and the strong "
         "base model, asked zero-shot or read by a linear probe, is clearly above it too. Decided on fine-tuning seeds "
         "of their own, before any student was trained.",
         *(f"Left out: {line}" for line in found.outcome.left_out),
     )
-    return Section("Which tasks count?", text, tables=(Table(header, rows, "Measured on the seeds of admission."),))
+    return Section(
+        "Which tasks count?",
+        text,
+        tables=(
+            Table(("task", "verdict", "why not"), verdicts, "Verdicts."),
+            Table(("task", *(key.replace("_", " ") for key in keys)), numbers, "Measured on the seeds of admission."),
+        ),
+    )
+
+
+def _models(one: Admitted) -> str:
+    return f"{one.task}, {one.weak} to {one.strong}"
