@@ -40,7 +40,7 @@ class WeakToStrongConfig(Config):
     strong: tuple[str, ...] = ("mini",)
     """Students: sizes of the built-in family or Hugging Face directories."""
     between: tuple[str, ...] = ("micro",)
-    """Models through which the method "bootstrap" goes, smallest first."""
+    """Models through which the method "bootstrap" goes; "none" for none."""
     tasks: tuple[str, ...] = DEFAULT_TASKS
     """Judging tasks (`tasks/judgements.py`) and answering tasks (`tasks/answering.py`); your file replaces them."""
     methods: tuple[Method, ...] = ("naive", "confidence", "bootstrap", "generative", "probe", "few_shot")
@@ -63,15 +63,15 @@ class WeakToStrongConfig(Config):
     """Chat template: the model's own, or plain "User: ... Assistant:" text for models without one."""
     device: str = "auto"
     """cpu, cuda or auto."""
-    num_half: int = Field(default=800, ge=16)
+    num_half: int = Field(default=600, ge=16)
     """Cases in each half: A trains the supervisor, B student and ceiling (paper: 10,000 in the released code)."""
     num_valid: int = Field(default=100, ge=16)
     """Cases with weak labels that choose the student's checkpoint."""
-    num_test: int = Field(default=400, ge=16)
+    num_test: int = Field(default=300, ge=16)
     """Cases that everybody is measured on."""
     num_shots: int = Field(default=5, ge=2)
     """Examples shown by the method "few_shot" (paper: 5), half of each class by their weak labels."""
-    training: ClassifierConfig = ClassifierConfig()
+    training: ClassifierConfig = ClassifierConfig(batch_size=6)
     """Fine-tuning of supervisor, student and ceiling."""
     texts: TextTrainingConfig = TextTrainingConfig()
     """Language modelling: the method "generative", and all training on answering tasks."""
@@ -90,10 +90,10 @@ class WeakToStrongConfig(Config):
     @field_validator("weak", "strong", "between", "tasks", "methods", mode="before")
     @classmethod
     def _commas_separate(cls, value: Any) -> Any:
-        """Take "nano,micro" for two names."""
+        """Take "nano,micro" for two names, and "none" for no name."""
         if isinstance(value, str):
             value = (value,)
-        return tuple(part for one in value for part in str(one).split(",") if part)
+        return tuple(part for one in value or () for part in str(one).split(",") if part not in ("", "none"))
 
     @model_validator(mode="after")
     def _names_are_there(self) -> Self:
@@ -102,6 +102,11 @@ class WeakToStrongConfig(Config):
             if not found or len(set(found)) < len(found):
                 raise ValueError(f"{name}: expected at least one name, each once, got {' '.join(found) or 'none'}")
         return self
+
+    @property
+    def steps_between(self) -> tuple[str, ...]:
+        """The models between supervisor and student, where a method goes through them."""
+        return self.between if "bootstrap" in self.methods else ()
 
     @classmethod
     def presets(cls) -> dict[str, "WeakToStrongConfig"]:

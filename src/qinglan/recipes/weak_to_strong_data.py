@@ -115,7 +115,7 @@ class Reading(NamedTuple):
 def chain_of(config: WeakToStrongConfig, weak: str, strong: str) -> list[str]:
     """Return the models between supervisor and student by number of parameters, smallest first."""
     least, most = num_parameters(config, weak), num_parameters(config, strong)
-    sizes = {name: num_parameters(config, name) for name in config.between}
+    sizes = {name: num_parameters(config, name) for name in config.steps_between}
     return sorted((name for name in sizes if least < sizes[name] < most), key=lambda name: sizes[name])
 
 

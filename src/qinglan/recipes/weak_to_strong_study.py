@@ -30,7 +30,7 @@ def tasks_of(config: WeakToStrongConfig) -> tuple[str, ...]:
 
 def check_input(config: WeakToStrongConfig, seed: int) -> None:
     """Open every model and rule and read the user's file, so that a mistake shows before the run's folder is made."""
-    for name in dict.fromkeys((*config.weak, *config.strong, *config.between)):
+    for name in dict.fromkeys((*config.weak, *config.strong, *config.steps_between)):
         if is_model(name):
             open_model(config, name)
         elif is_rule(name):
@@ -54,7 +54,7 @@ def add_inputs(run: Run, config: WeakToStrongConfig) -> None:
 
 def own_records(config: WeakToStrongConfig, seed: int) -> list[Cell]:
     """Return a cell for every model and every task in which models first write what they remember."""
-    models = dict.fromkeys(name for name in (*config.weak, *config.strong, *config.between) if is_model(name))
+    models = dict.fromkeys(name for name in (*config.weak, *config.strong, *config.steps_between) if is_model(name))
     asked = [
         task
         for task in tasks_of(config)
@@ -118,7 +118,7 @@ def methods_of(config: WeakToStrongConfig, task: str) -> list[str]:
 def students(config: WeakToStrongConfig, admission: Sequence[Admitted]) -> Iterator[list[Cell]]:
     """Yield waves of cells: students of the supervisor, then link after link, then bootstrapped students."""
     direct: list[Cell] = []
-    links: list[list[Cell]] = [[] for _ in config.between]
+    links: list[list[Cell]] = [[] for _ in config.steps_between]
     last: list[Cell] = []
     for one in chosen_pairs(config, admission):
         weak, strong = full_names(config, one)
