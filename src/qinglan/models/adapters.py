@@ -210,7 +210,9 @@ def save_adapter(model: PreTrainedModel, directory: Path, notes: dict[str, Any])
     config.modules_to_save = [HEAD] if has_head else None
     config.inference_mode = True
     config.save_pretrained(directory)
-    save_file(_adapter_weights(model), directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights = directory / "adapter_model.safetensors"
+    save_file(_adapter_weights(model), weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # as the other files; safetensors keeps its own to the owner
     write_json(directory / "qinglan.json", {"base_weights": _hash_of_weights(base), **notes})
 
 
