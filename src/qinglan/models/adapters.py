@@ -155,10 +155,11 @@ def _peft_config(model: PreTrainedModel, lora: LoRAConfig) -> Any:
     from peft import LoraConfig, TaskType
     from transformers.pytorch_utils import Conv1D
 
+    alpha: Any = lora.alpha  # PEFT says int, and takes any number
     return LoraConfig(
         task_type=TaskType.SEQ_CLS if hasattr(model, HEAD) else TaskType.CAUSAL_LM,
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=alpha,
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules) or "all-linear",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's layers
