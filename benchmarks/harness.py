@@ -124,6 +124,10 @@ def tune(job: str, setting: str, folder: Path, python_of: Callable[[str], str], 
     earlier = json.loads(path.read_text(encoding="utf-8")) if again is False and path.is_file() else {}
     found: dict[str, Any] = {"load_average": os.getloadavg(), "threads": int(os.environ["OMP_NUM_THREADS"])} | earlier
     for name, candidates in (("ours", module.OURS[setting]), ("peer", module.PEER[setting])):
+        if len(candidates) == 1:  # nothing to choose; what was best in the other setting
+            found[name] = {"tried": [], "best": candidates[0]}
+            write(path, found)
+            continue
         tried = found.get(name, {}).get("tried", [])
         for options in [one for one in candidates if one not in [done["options"] for done in tried]]:
             try:

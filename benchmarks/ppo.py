@@ -16,11 +16,11 @@ EPISODES, MINIBATCH, EPOCHS, NEW_TOKENS = 32, 16, 4, 64
 USES_OLD_TRL = True
 OURS: dict[str, list[dict[str, Any]]] = {
     "llama": [{"max_tokens": 1024}, {"max_tokens": 2048}, {"max_tokens": 8192}],
-    "mini": [{"max_tokens": 1024}, {"max_tokens": 8192}],
+    "mini": [{"max_tokens": 8192}],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
     "llama": [{"forward": 32}, {"forward": 8}],
-    "mini": [{"forward": 32}, {"forward": 8}],
+    "mini": [{"forward": 32}],
 }
 
 

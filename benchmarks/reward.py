@@ -25,7 +25,7 @@ OURS = {
 PEER: dict[str, list[dict[str, Any]]] = {
     "llama": [{"batch": size} for size in (4, 12, 36)]
     + [{"batch": 12, "by_length": True}, {"batch": 12, "bf16": True}],
-    "mini": [{"batch": size} for size in (12, 36)],
+    "mini": [{"batch": 12, "by_length": True}],
 }
 
 

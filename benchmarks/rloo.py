@@ -14,11 +14,11 @@ MUST_REACH, AIM = 2.5, 4.0
 EPISODES, STEP_EPISODES, K, NEW_TOKENS = 64, 64, 4, 64
 OURS: dict[str, list[dict[str, Any]]] = {
     "llama": [{"max_tokens": 1024}, {"max_tokens": 2048}, {"max_tokens": 8192}],
-    "mini": [{"max_tokens": 1024}, {"max_tokens": 8192}],
+    "mini": [{"max_tokens": 2048}],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
     "llama": [{"batch": 16}, {"batch": 64}, {"batch": 64, "continuous": True}],
-    "mini": [{"batch": 16}, {"batch": 64}],
+    "mini": [{"batch": 16}],
 }
 
 
