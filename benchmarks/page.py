@@ -1,4 +1,4 @@
-"""Write the tables of docs/benchmarks.md from results/*.json: `python -m benchmarks.page`."""
+"""Write the tables of docs/benchmarks.md from results/*.json: `python -m benchmarks.page`; needs all results."""
 
 import importlib
 import json

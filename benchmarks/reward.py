@@ -52,17 +52,16 @@ def ours(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
 
 
 def peer(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], float]]:
-    """Return slices of `RewardTrainer.train`: one optimizer step, or two of the smaller model."""
+    """Return slices of `RewardTrainer.train`: one optimizer step."""
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
     from benchmarks.trl_side import arguments, scalar_model, tokenizer_of
 
     model, tokenizer = scalar_model(work), tokenizer_of(work)
-    num_prompts = PROMPTS_PER_STEP * (1 if work.setting == "llama" else 2)
     rows = [
         {"chosen_ids": a["prompt_ids"] + a["completion_ids"], "rejected_ids": b["prompt_ids"] + b["completion_ids"]}
-        for ranking in work.data["rankings"][:num_prompts]
+        for ranking in work.data["rankings"][:PROMPTS_PER_STEP]
         for a, b in combinations(ranking, 2)
     ]
     longest = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
