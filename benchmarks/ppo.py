@@ -35,7 +35,7 @@ def ours(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
     reference = load(work)
     reward_model = scalar_model_from(policy, seed=0)
     prompts = [prompt_record(number, text) for number, text in enumerate(work.data["short_prompts"])]
-    num_iterations = 2
+    num_iterations = 2 if work.setting == "llama" else 1
     config = PPOConfig(
         estimator="gae",
         num_iterations=num_iterations,

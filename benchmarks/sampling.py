@@ -26,7 +26,7 @@ PEER: dict[str, list[dict[str, Any]]] = {
         {"prompts": 8, "bf16": True},
         {"continuous": True},
     ],
-    "mini": [{"prompts": 64}, {"prompts": 16}],
+    "mini": [{"prompts": 16}],
 }
 
 

@@ -18,7 +18,7 @@ OURS: dict[str, list[dict[str, Any]]] = {
         *({"pack": pack, "max_tokens": tokens} for pack in (True, False) for tokens in (1024, 4096)),
         {"pack": False, "max_tokens": 1024, "bf16": True},
     ],
-    "mini": [{"pack": False, "max_tokens": 1024}, {"pack": False, "max_tokens": 8192}],
+    "mini": [{"pack": False, "max_tokens": 1024}],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
     "llama": [
@@ -29,7 +29,7 @@ PEER: dict[str, list[dict[str, Any]]] = {
         {"batch": 8},
         {"batch": 4, "by_length": True},
     ],
-    "mini": [{"packing": "bfd", "batch": 1}, {"batch": 8, "by_length": True}],
+    "mini": [{"batch": 8, "by_length": True}],
 }
 NUM_CHATS = {"llama": 32, "mini": 192}
 
