@@ -45,7 +45,7 @@ def rankings(num_completions: int) -> Callable[[], Any]:
     ]
     config = RewardConfig(max_tokens=2048)
     optimizer = config.optimizer.make(scalar.model)
-    return lambda: update(scalar, optimizer, groups, config, "growth")
+    return lambda: update(scalar, optimizer, groups, config, 0, "growth")
 
 
 def fine_tuning(length: int = 64, vocabulary: int = 1024, num_layers: int = 4) -> Callable[[], Any]:

@@ -1,4 +1,7 @@
-"""Write the tables of docs/benchmarks.md from results/*.json: `python -m benchmarks.page`; needs all results."""
+"""Write the tables of docs/benchmarks.md from results/*.json: `python -m benchmarks.page`.
+
+A table whose results are missing stays as it is.
+"""
 
 import importlib
 import json
@@ -95,12 +98,15 @@ def growth_table() -> str:
 
 
 TABLES = {"results": results_table, "tried": tried_table, "limits": limits_table, "growth": growth_table}
+NEEDED = {"limits": RESULTS / "limits.json", "growth": RESULTS / "growth.json"}
 
 
 def main() -> None:
     """Put every table between its marks."""
     text = PAGE.read_text(encoding="utf-8")
     for name, table in TABLES.items():
+        if name in NEEDED and not NEEDED[name].is_file():
+            continue
         marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = re.compile(f"{re.escape(marks[0])}.*?{re.escape(marks[1])}", re.DOTALL)
         content = f"{marks[0]}\n{table()}\n{marks[1]}"
