@@ -3,7 +3,7 @@
 Departures from the paper, all of them settings:
 1. models of 0.2M to 2M parameters on a built-in world; people are simulated, their faults printed in the report;
 2. the small preset takes 1 pretraining sequence per episode (paper: 8), a larger learning rate and a larger beta;
-3. the reward model is as large as the policy (paper: 6B for all sizes) and starts from the pretrained model;
+3. the reward model starts from the larger pretrained model (paper: one of 6B for policies of 1.3B and more);
 4. PPO on the answer key itself, with the same settings, is shown as the ceiling.
 
 One CPU, minutes:   qinglan quickstart
@@ -12,15 +12,14 @@ Expected numbers with their spread stand in docs/results.md.
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 from qinglan.cli import CommandResult, Options
 from qinglan.core.device import Device, prepare_process
-from qinglan.core.records import ComparisonGroup, Prompt, Scorer
+from qinglan.core.records import ComparisonGroup, Scorer
 from qinglan.core.rng import stream_seed
 from qinglan.core.run import Run, Stage
 from qinglan.data.load import load_comparisons
-from qinglan.data.pools import Pools, pools_from_files
+from qinglan.data.pools import Pools
 from qinglan.data.write import write_comparisons
 from qinglan.evals.alignment import mean_score, range_of
 from qinglan.evals.instruct_gpt import Outcome, headline_of, measure_all
@@ -30,17 +29,16 @@ from qinglan.learn.ppo import train_ppo
 from qinglan.learn.ppo_config import PPOConfig
 from qinglan.learn.reward import train_reward_model
 from qinglan.learn.reward_function import load_reward_function
-from qinglan.learn.sft import PretrainSource, train_sft
-from qinglan.models.chat import make_chat_format
+from qinglan.learn.sft import train_sft
 from qinglan.models.generate import sample_completions
 from qinglan.models.heads import as_scorer
 from qinglan.models.language_model import LanguageModel, load_language_model
 from qinglan.recipes.instruct_gpt_config import InstructGPTConfig
+from qinglan.recipes.instruct_gpt_data import Data, gather, reward_base
 from qinglan.supervisors.simulated import make_labelers, rank_all
 from qinglan.tasks.assistant import World
-from qinglan.tasks.assistant_data import candidates_to_rank, quality_of, world_data
-from qinglan.tasks.base_models import base_tokenizer, resolve_model
-from qinglan.tasks.corpus import pretraining_sequences
+from qinglan.tasks.assistant_data import candidates_to_rank, quality_of
+from qinglan.tasks.base_models import resolve_model
 
 __all__ = ["InstructGPTConfig", "main", "quickstart"]
 
@@ -48,15 +46,6 @@ __all__ = ["InstructGPTConfig", "main", "quickstart"]
 def quickstart(config: InstructGPTConfig, options: Options) -> CommandResult:
     """Run the recipe on the built-in world into runs/quickstart."""
     return main(config, options._replace(out=options.out or Path("runs/quickstart")))
-
-
-class Data(NamedTuple):
-    """What a run learns from; the answer key and the corpus are None for files of one's own."""
-
-    pools: Pools
-    world: World | None
-    pretrain: PretrainSource | None
-    files: dict[str, Path]
 
 
 def main(config: InstructGPTConfig, options: Options) -> CommandResult:
@@ -71,7 +60,7 @@ def main(config: InstructGPTConfig, options: Options) -> CommandResult:
     with Run.open(out, config, seed=options.seed, recipe="instruct-gpt", resume=options.resume) as run:
         for name, path in data.files.items():
             run.add_input(name, path)
-        outcome = align(config, run, base, data)
+        outcome = align(config, run, base, reward_base(config, base, larger, data), data)
         if data.world is not None:
             outcome = outcome._replace(larger=larger)
         report, found = measure_all(run, outcome, config.world, config.sampling, config.measure)
@@ -79,8 +68,8 @@ def main(config: InstructGPTConfig, options: Options) -> CommandResult:
     return CommandResult(f"{headline_of(report)}\n{out / 'report.html'}", report.to_json())
 
 
-def align(config: InstructGPTConfig, run: Run, base: LanguageModel, data: Data) -> Outcome:
-    """Train everything, from the base model to the policy."""
+def align(config: InstructGPTConfig, run: Run, base: LanguageModel, judging_base: LanguageModel, data: Data) -> Outcome:
+    """Train everything, from the base models of policy and reward model to the policy."""
     pools, world, pretrain, seed, skipped = data.pools, data.world, data.pretrain, run.seed, []
 
     # Student: the policy that PPO starts from, and its reference
@@ -101,9 +90,10 @@ def align(config: InstructGPTConfig, run: Run, base: LanguageModel, data: Data) 
     # Learn 1: the reward model
     reward_model, scorer, score_range = None, None, None
     if comparisons:
-        stage = run.stage("reward_model", config.reward_model, stage, [group.comparison.id for group in comparisons])
+        labels = [group.comparison.id for group in comparisons]
+        stage = run.stage("reward_model", config.reward_model, Path(judging_base.name).name, stage, labels)
         reward_model = train_reward_model(
-            base,
+            judging_base,
             comparisons,
             config.reward_model,
             stage=stage,
@@ -160,23 +150,6 @@ def align(config: InstructGPTConfig, run: Run, base: LanguageModel, data: Data) 
     if world is not None and config.train_ceiling:
         outcome = outcome._replace(ceiling=ppo("ppo_ceiling", settings, world.gold(scale=5.0), None))
     return outcome
-
-
-def gather(config: InstructGPTConfig, base: LanguageModel, seed: int) -> Data:
-    """Return the prompts and feedback of the user's files, or else of the built-in world."""
-
-    def num_tokens(prompt: Prompt) -> int:
-        return len(base.chat.prompt_ids(prompt.messages))
-
-    files = {"prompts": config.prompts, "demonstrations": config.demonstrations, "comparisons": config.comparisons}
-    given = {name: path for name, path in files.items() if path is not None}
-    if given:
-        pools = pools_from_files(**files, config=config.hygiene, seed=seed, on_bad=config.on_bad, num_tokens=num_tokens)
-        return Data(pools, None, None, given)
-    made = world_data(config.world, config.hygiene, seed=seed, num_tokens=num_tokens)
-    is_family = base.chat.render_hash == make_chat_format(base_tokenizer()).render_hash
-    corpus = pretraining_sequences(base.tokenizer._tokenizer, seed, max_tokens=96) if is_family else None
-    return Data(made.pools, made.world, corpus, {})
 
 
 def ranked_completions(

@@ -22,6 +22,9 @@ class InstructGPTConfig(Config):
     """Base model: a size of the built-in family or any Hugging Face causal LM directory."""
     larger_model: str | None = "mini"
     """Base model that the policy is compared with (paper: 175B against 1.3B); none: leave the comparison out."""
+    reward_base: str | None = None
+    """Base model of the reward model, with the policy's tokenizer; none: on the built-in world `larger_model` (paper: a
+    reward model of 6B for policies from 1.3B on), else the policy's own base."""
     template: Literal["own", "plain"] = "own"
     """Chat template: the model's own, or plain "User: ... Assistant:" text for models without one."""
     device: str = "auto"
