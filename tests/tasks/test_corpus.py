@@ -54,16 +54,16 @@ def without_spaces(text: str) -> str:
 
 def test_shares_add_up_to_1_and_are_met() -> None:
     assert sum(share for share, _ in corpus.PARTS.values()) == pytest.approx(1.0)
-    assert sum(corpus.MIX.values()) == pytest.approx(1.0) == sum(corpus.PLAIN_ENOUGH.values())
+    assert sum(corpus.MIX.values()) == pytest.approx(1.0) == sum(corpus.FAMILY_MIX.values())
     early = corpus.mix_of(tuple(corpus.PARTS), corpus.EARLY_INDUCTION)
     assert sum(early.values()) == pytest.approx(1.0)
     assert sum(early[kind] for kind in INDUCTION_MIX) == pytest.approx(corpus.EARLY_INDUCTION)
-    assert not set(CHESS_MIX) & set(corpus.PLAIN_ENOUGH) and set(CHESS_MIX) < set(corpus.MIX)
+    assert not set(CHESS_MIX) & set(corpus.FAMILY_MIX) and set(CHESS_MIX) < set(corpus.MIX)
     assert sum(replies.BAD_REPLIES.values()) == pytest.approx(1.0)
     assert 0.0 < replies.SHARE_OF_GOOD_REPLIES < 0.5  # the base model completes, and assists less than half of the time
     rng = random.Random(0)
     starts = Counter(corpus.make_document(rng)[0].text.startswith(corpus.USER) for _ in range(1500))
-    expected = corpus.PLAIN_ENOUGH["thread"] + corpus.PLAIN_ENOUGH["marked_thread"]
+    expected = corpus.FAMILY_MIX["thread"] + corpus.FAMILY_MIX["marked_thread"]
     assert starts[True] / 1500 == pytest.approx(expected, abs=0.04)
 
 

@@ -90,8 +90,8 @@ class PretrainCommand(Config):
     """cpu, cuda or auto."""
     num_probe_items: int = 100
     """Items of each capability probe on the way."""
-    parts: tuple[str, ...] = tuple(corpus.PARTS)
-    """Parts of the corpus to train on; chess needs an extra."""
+    parts: tuple[str, ...] = corpus.FAMILY_PARTS
+    """Parts of the corpus to train on: plain, induction, judging, code, chess (which needs an extra)."""
     ship: bool = False
     """Copy the result into the package, in bfloat16, with its card; for developers of Qinglan."""
 
