@@ -181,6 +181,7 @@ def measure_reward_model(
     """Return the findings with accuracy, calibration and agreement, on comparisons whose prompts nobody trained on."""
     assert outcome.reward_model is not None
     scorer, agreement, held_out, attainable = as_scorer(outcome.reward_model), None, None, None
+    by_key: Measure | None = None
     if outcome.world is not None:
         prompts, quality = outcome.pools.test_prompts, quality_of(outcome.world)
         samples = sample_completions(
@@ -201,6 +202,7 @@ def measure_reward_model(
         agreement = metrics.labeler_agreement([group.comparison for group in groups], seed=seed)
         attainable = metrics.attainable_accuracy(agreement)
         held_out = metrics.pair_accuracy(scored(strangers, scorer), seed=seed)
+        by_key = metrics.pair_accuracy(scored(groups, outcome.world.gold()), seed=seed)
     else:
         groups = outcome.pools.held_out_comparisons
     if not groups:
@@ -222,6 +224,7 @@ def measure_reward_model(
         "reward_model_ece": reward.calibration.expected_error,
         "reward_model_brier": reward.calibration.brier,
         "attainable_accuracy": attainable.at_most if attainable else None,
+        "answer_key_accuracy": by_key,
     }
     found.metrics.update({name: measure for name, measure in measured.items() if measure is not None})
     return found._replace(reward=reward)
