@@ -14,7 +14,7 @@ from qinglan.core.rng import stream_seed
 from qinglan.core.run import Measure, Run
 from qinglan.evals.bug_surprisal import bug_surprisal, planted_bugs
 from qinglan.evals.capability import WITHOUT_EXTRAS, probe_capabilities
-from qinglan.evals.capability_picture import draw_capabilities
+from qinglan.evals.capability_picture import check_ending, draw_capabilities
 from qinglan.learn.pretrain import PretrainConfig, Probe, pretrain
 from qinglan.models.language_model import LanguageModel, completion_logprobs, load_language_model
 from qinglan.tasks import corpus, demonstrators
@@ -106,6 +106,10 @@ def pretrain_sizes(config: PretrainCommand, options: Options) -> CommandResult:
             raise InputError(
                 f"parts: no part {part} of the corpus; expected of {expected}{nearest(part, corpus.PARTS)}"
             )
+    if config.training.context > CONTEXT:
+        raise InputError(
+            f"training.context: {config.training.context} tokens, but the base models take {CONTEXT} at the most; lower it"
+        )
     if "chess" in config.parts:
         chess_library()
     prepare_process()
@@ -162,6 +166,8 @@ def evaluate(config: EvaluateCommand, options: Options) -> CommandResult:
     names = config.models or tuple(shipped_sizes())
     if not names:
         raise InputError("world evaluate: no base model is shipped; name a directory with --models")
+    if config.picture is not None:
+        check_ending(config.picture)
     has_chess = find_spec("chess") is not None
     probes = config.probes or (*WITHOUT_EXTRAS, *(CHESS_PROBES if has_chess else ()))
     metrics: dict[str, Measure] = {}

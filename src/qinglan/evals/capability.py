@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qinglan.core.errors import InputError, nearest
 from qinglan.core.run import Measure
 from qinglan.evals.metrics import calibration, mean_with_interval
 from qinglan.models.generate import SamplingConfig, generate
@@ -23,8 +24,15 @@ WITHOUT_EXTRAS = (*PROBES, *CODE_PROBES, *CHOICES)
 def probe_capabilities(
     lm: LanguageModel, names: Sequence[str] = WITHOUT_EXTRAS, *, num_items: int = 200, seed: int = 0
 ) -> dict[str, Measure]:
-    """Return the pass rate of every named probe with its 95% interval; where it judges, its calibration error too."""
+    """Return the pass rate of every named probe with its 95% interval; where it judges, its calibration error too.
+
+    Raises `InputError` for a probe that does not exist.
+    """
     written = {**PROBES, **CODE_PROBES, **CHESS_PROBES}
+    for name in names:
+        if name not in written and name not in CHOICES:
+            known = (*written, *CHOICES)
+            raise InputError(f"probes: no probe {name}{nearest(name, known)}; expected of {', '.join(known)}")
     measures = {}
     judgements: list[Judgement] = []
     for name in names:

@@ -16,13 +16,18 @@ CHANCE = {"judging": 0.5, "grammaticality": 0.5, "critiquing": 0.1}
 """What guessing gives, by the beginning of a probe's name."""
 
 
+def check_ending(path: Path) -> None:
+    """Raise `InputError` unless the file's name ends in .png or .svg."""
+    if path.suffix not in (".png", ".svg"):
+        raise InputError(f"picture {path}: cannot draw {path.suffix or 'a file without ending'}; name a .png or .svg")
+
+
 def draw_capabilities(metrics: Mapping[str, Measure], parameters: Mapping[str, int], path: Path) -> None:
     """Draw `capability/<probe>/<model>` against the models' parameters into a .png or .svg file.
 
     Raises `InputError` for another ending of the file's name.
     """
-    if path.suffix not in (".png", ".svg"):
-        raise InputError(f"picture {path}: cannot draw {path.suffix or 'a file without ending'}; name a .png or .svg")
+    check_ending(path)
     probes = list(dict.fromkeys(name.split("/")[1] for name in metrics))
     rows = -(-len(probes) // COLUMNS)
     figure = Figure(figsize=(2.1 * COLUMNS, 1.75 * rows + 0.3), layout="constrained", facecolor=PALETTE["paper"].light)
