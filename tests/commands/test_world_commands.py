@@ -27,16 +27,36 @@ def test_probes_by_name_with_a_picture(run, tmp_path):
         (["evaluate", "--probes", "copyign"], "no probe copyign; did you mean 'copying'?"),
         (
             ["evaluate", "--models", "nanno"],
-            "expected a Hugging Face directory or one of nano, micro, mini; did you mean",
+            "a Hugging Face directory or one of nano, micro, mini; did you mean 'nano'",
         ),
         (["evaluate", "--models", "nano", "--picture", "a.pdf"], "name a .png or .svg"),
         (["pretrain", "--sizes", "nanno"], "size nanno: no such base model"),
         (["pretrain", "--parts", "plian"], "no part plian of the corpus"),
-        (["pretrain", "--training.context", "512"], "context is 512 tokens, but nano takes 256 at the most"),
+        (["pretrain", "--training.context", "512"], "512 tokens, but base models take 256 at the most"),
     ],
 )
-def test_mistakes_get_one_line(refused, arguments, line, tmp_path):
-    extra = ["--sizes", "nano"] if arguments[:2] == ["pretrain", "--training.context"] else []
-    assert line in refused(
-        "world", *arguments, *extra, "--num-probe-items" if arguments[0] == "pretrain" else "--num-items", "2"
+def test_mistakes_get_one_line(refused, arguments, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert line in refused("world", *arguments)
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+def test_a_second_start_in_one_folder_is_refused_and_loses_nothing(run, refused, tmp_path):
+    pretrain = (
+        "world",
+        "pretrain",
+        "--sizes",
+        "nano",
+        "--training.num-tokens",
+        "512",
+        "--training.batch-tokens",
+        "256",
     )
+    brief = ("--training.num-probes", "1", "--num-probe-items", "2", "--out", tmp_path)
+    first = run(*pretrain, *brief)
+    assert first.code == 0, first.err
+    weights = (tmp_path / "nano" / "stages" / "pretrain" / "model" / "model.safetensors").read_bytes()
+    assert "holds a run already; add --resume" in run(*pretrain, *brief).err
+    again = run(*pretrain, *brief, "--resume")
+    assert again.code == 0, again.err
+    assert (tmp_path / "nano" / "stages" / "pretrain" / "model" / "model.safetensors").read_bytes() == weights

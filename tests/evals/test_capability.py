@@ -57,11 +57,8 @@ def test_only_the_named_probes_are_measured(nano: LanguageModel) -> None:
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_the_picture_has_a_panel_for_each_probe(ending: str, tmp_path: Path) -> None:
-    metrics = {
-        f"capability/{probe}/{model}": Measure(0.5, 0.4, 0.6, 20)
-        for probe in ("sums", "two_hops")
-        for model in ("a", "b")
-    }
+    names = [f"capability/{probe}/{model}" for probe in ("sums", "two_hops") for model in ("a", "b")]
+    metrics = dict.fromkeys(names, Measure(0.5, 0.4, 0.6, 20))
     file = tmp_path / f"capability.{ending}"
     draw_capabilities(metrics, {"a": 10, "b": 1000}, file)
     if ending == "png":

@@ -108,7 +108,7 @@ def pretrain_sizes(config: PretrainCommand, options: Options) -> CommandResult:
             )
     if config.training.context > CONTEXT:
         raise InputError(
-            f"training.context: {config.training.context} tokens, but the base models take {CONTEXT} at the most; lower it"
+            f"training.context: {config.training.context} tokens, but base models take {CONTEXT} at the most; lower it"
         )
     if "chess" in config.parts:
         chess_library()
