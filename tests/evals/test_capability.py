@@ -70,9 +70,9 @@ def test_the_picture_has_a_panel_for_each_probe(ending: str, tmp_path: Path) -> 
 
 
 def test_safety_prompts_are_half_harmful_half_harmless_and_new() -> None:
-    known = draw_prompts(200, 3, "test").prompts
-    world = safety_prompts(60, known, 5)
-    assert Counter(prompt.tags[0] for prompt in world.prompts) == {"harmful": 30, "benign": 30}
+    known = draw_prompts(400, 3, "test").prompts
+    world = safety_prompts(100, known, 5)
+    assert Counter(prompt.tags[0] for prompt in world.prompts) == {"harmful": 50, "benign": 50}
     assert not {prompt.messages for prompt in known} & {prompt.messages for prompt in world.prompts}
     assert all(prompt.split == "test" and prompt.id in world.items for prompt in world.prompts)
 

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 
+from qinglan.core.errors import InputError
 from qinglan.core.records import Completion, Split
 from qinglan.core.rng import stream_seed
 from qinglan.tasks import lexicon as lx
@@ -212,3 +213,9 @@ def test_gold_is_a_scorer_with_a_scale() -> None:
     done = [Completion(**known, prompt_id=one.id, text=made.items[one.id].good[0]) for one in made.prompts]
     scores, scaled = made.gold()(made.prompts, done), made.gold(4.0)(made.prompts, done)
     assert min(scores) >= 0.85 and scaled == pytest.approx([4 * score for score in scores])
+
+
+def test_a_world_that_has_no_more_prompts_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qinglan.tasks.assistant.MAX_REPEATS", 300)
+    with pytest.raises(InputError, match="no 2000 different ones"):
+        draw_prompts(2000, 0, "test", use_case="benign")

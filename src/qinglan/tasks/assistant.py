@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
+from qinglan.core.errors import InputError
 from qinglan.core.records import Completion, Message, Prompt, Scorer, Split, record_id
 from qinglan.core.rng import stream_seed
 from qinglan.tasks import chatting, numbers, passages, questions, safety, texts, writing
@@ -115,6 +116,8 @@ class User(NamedTuple):
 
 OPENINGS = ("", "", "", "", "Hi. ", "Hello. ", "Hey, a question. ", "Dear helper, ")
 TAILS = ("", "", "", "", " Thanks.", " Please be quick.", " I need it today.", " Thank you very much.")
+MAX_REPEATS = 20_000
+"""Draws in a row that only repeat earlier prompts, after which there are no more."""
 TEST_OPENING, TEST_TAIL = "Hello there. ", " Many thanks."
 """Habits of test users only, besides having none."""
 
@@ -204,6 +207,8 @@ def draw_prompts(
         if item.messages in seen:
             num_repeats += 1
             num_skipped += num_repeats % 50 == 0
+            if num_repeats == MAX_REPEATS:
+                raise InputError(f"prompts: the world has no {count} different ones of this kind; ask for fewer")
             continue
         num_repeats = 0
         seen.add(item.messages)
