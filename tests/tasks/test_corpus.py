@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from qinglan.core.errors import InputError
 from qinglan.core.records import Message
 from qinglan.models.chat import make_chat_format
-from qinglan.tasks import corpus, world
+from qinglan.tasks import corpus, replies, world
 from qinglan.tasks import lexicon as lx
 from qinglan.tasks.assistant import make_item
 from qinglan.tasks.base_models import CONTEXT, base_tokenizer
@@ -49,8 +49,8 @@ def without_spaces(text: str) -> str:
 
 def test_shares_add_up_to_1_and_are_met() -> None:
     assert sum(share for share, _ in corpus.MIX.values()) == pytest.approx(1.0)
-    assert sum(corpus.BAD_REPLIES.values()) == pytest.approx(1.0)
-    assert 0.0 < corpus.SHARE_OF_GOOD_REPLIES < 0.5  # the base model completes, and assists less than half of the time
+    assert sum(replies.BAD_REPLIES.values()) == pytest.approx(1.0)
+    assert 0.0 < replies.SHARE_OF_GOOD_REPLIES < 0.5  # the base model completes, and assists less than half of the time
     rng = random.Random(0)
     starts = Counter(corpus.make_document(rng)[0].text.startswith(corpus.USER) for _ in range(1500))
     assert starts[True] / 1500 == pytest.approx(corpus.MIX["thread"][0], abs=0.04)
@@ -65,13 +65,13 @@ def test_threads_alternate_turns_and_close_each_reply() -> None:
         assert all(len(turn) == 2 and turn[1].endswith(corpus.EOS) and turn[1].count(corpus.EOS) == 1 for turn in turns)
 
 
-@pytest.mark.parametrize("kind", corpus.BAD_REPLIES)
+@pytest.mark.parametrize("kind", replies.BAD_REPLIES)
 def test_replies_go_wrong_in_every_way(kind: str) -> None:
     draw = Draw(random.Random(kind), False)
     items = [make_item(draw) for _ in range(40)]
-    replies = [corpus.bad_reply(draw, item, kind) for item in items]
-    assert all(replies) and len(set(replies)) >= (1 if kind == "refusal" else 3)
-    assert sum(reply in item.good for reply, item in zip(replies, items, strict=True)) < 12
+    texts = [replies.bad_reply(draw, item, kind) for item in items]
+    assert all(texts) and len(set(texts)) >= (1 if kind == "refusal" else 3)
+    assert sum(reply in item.good for reply, item in zip(texts, items, strict=True)) < 12
 
 
 def test_facts_in_documents_are_true() -> None:

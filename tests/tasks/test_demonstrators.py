@@ -6,7 +6,7 @@ import pytest
 
 from qinglan.core.records import Demonstrated
 from qinglan.tasks.assistant import World, draw_prompts
-from qinglan.tasks.corpus import RAMBLING, RUDE
+from qinglan.tasks.replies import RAMBLING, RUDE
 from qinglan.tasks.demonstrators import DemonstratorConfig, demonstrate, fault_of
 
 NUM_PROMPTS = 1200

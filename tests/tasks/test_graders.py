@@ -12,7 +12,7 @@ from qinglan.core.rng import stream_seed
 from qinglan.tasks import lexicon as lx
 from qinglan.tasks import passages, reading, world
 from qinglan.tasks.assistant import NOUNS, TASKS, WEIGHTS, grade, make_item, overall
-from qinglan.tasks.corpus import BAD_REPLIES, RAMBLING, bad_reply
+from qinglan.tasks.replies import BAD_REPLIES, RAMBLING, bad_reply
 from qinglan.tasks.item import Draw, Grade, Item
 
 RAMBLE = f"{RAMBLING[0]} {RAMBLING[1]}"
@@ -137,7 +137,7 @@ def test_open_questions() -> None:
 
 def test_open_questions_of_two_hops_may_name_the_first_hop() -> None:
     item = one("open_qa", lambda item: "two_hop" in item.tags and item.key["pool"] in ("food", "animal", "job"))
-    between, right = world.stepping_stones()[item.key["entity"]], item.key["value"]
+    between, right = world.first_hops()[item.key["entity"]].value, item.key["value"]
     check(item, {f"That is {between}, so it is {right}.": GOOD, f"That is {between}.": (0.0, 0.4), right: GOOD})
 
 

@@ -17,8 +17,8 @@ def accepted(probe: Probe, pool: tuple[str, ...]) -> list[str]:
 
 @pytest.mark.parametrize("name", PROBES)
 def test_probes_repeat_and_reject_empty_or_unrelated_text(name: str) -> None:
-    probes = draw_probes(name, COUNT, 0)
-    assert [probe.beginning for probe in probes] == [probe.beginning for probe in draw_probes(name, COUNT, 0)]
+    probes = draw_items(PROBES, name, COUNT, 0)
+    assert [probe.beginning for probe in probes] == [probe.beginning for probe in draw_items(PROBES, name, COUNT, 0)]
     assert len({probe.beginning for probe in probes}) > COUNT // 2
     for probe in probes:
         assert not probe.passes("") and not probe.passes(" I do not know that.") and not probe.passes("???")
@@ -26,7 +26,7 @@ def test_probes_repeat_and_reject_empty_or_unrelated_text(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["copying", "digits"])
 def test_copies_must_be_exact(name: str) -> None:
-    for probe in draw_probes(name, COUNT, 1):
+    for probe in draw_items(PROBES, name, COUNT, 1):
         text = probe.beginning.split(". ")[0]
         first, rest = text.split(", ", 1)
         assert probe.passes(f" {text}. Then more")
@@ -35,7 +35,7 @@ def test_copies_must_be_exact(name: str) -> None:
 
 
 def test_quotes_are_of_the_line_asked_for() -> None:
-    for probe in draw_probes("quoting", COUNT, 1):
+    for probe in draw_items(PROBES, "quoting", COUNT, 1):
         number = int(re.search(r"Line (\d) says:", probe.beginning)[1])
         lines = re.findall(r"\d\. (.+?\.)(?= \d\.| Line)", probe.beginning)
         assert len(lines) == 4
@@ -49,7 +49,7 @@ def test_questions_accept_exactly_the_true_value(name: str) -> None:
     by_question = {
         world.capital(wording.format(e=fact.entity)): fact for fact in facts for wording in fact.relation.questions
     }
-    for probe in draw_probes(name, COUNT, 1):
+    for probe in draw_items(PROBES, name, COUNT, 1):
         fact = by_question[probe.beginning.removeprefix("Question: ").removesuffix(" Answer:")]
         assert world.held_out_phrase(fact) == (name != "recall")
         pool = world.POOLS[fact.relation.values]
@@ -60,19 +60,19 @@ def test_questions_accept_exactly_the_true_value(name: str) -> None:
 
 
 def test_closed_questions_accept_one_value_that_the_passage_holds() -> None:
-    for probe in draw_probes("closed_qa", COUNT, 1):
+    for probe in draw_items(PROBES, "closed_qa", COUNT, 1):
         values = {value for pool in passages.SLOT_POOLS.values() for value in accepted(probe, pool)}
         assert len(values) == 1
         assert values.pop() in probe.beginning
 
 
 def test_sorting_and_sums() -> None:
-    for probe in draw_probes("sorting", COUNT, 1):
+    for probe in draw_items(PROBES, "sorting", COUNT, 1):
         given = probe.beginning.removeprefix("In order, ").removesuffix(":").split(", ")
         assert probe.passes(f" {', '.join(sorted(given))}. In order")
         assert not probe.passes(", ".join(sorted(given, reverse=True)))
         assert not probe.passes(", ".join(sorted(given)[:3]))
-    for probe in draw_probes("sums", COUNT, 1):
+    for probe in draw_items(PROBES, "sums", COUNT, 1):
         a, op, b, _ = probe.beginning.split()
         total = int(a) + int(b) if op == "plus" else int(a) - int(b)
         assert (int(a) * 7919 + int(b) * 104729) % 5 == 0  # a pair that is held out
@@ -89,7 +89,7 @@ def test_claims_about_held_out_entities_need_the_right_verdict_at_once() -> None
         for wording in fact.relation.statements
     }
     verdicts = set()
-    for probe in draw_probes("judging_claims", COUNT, 1):
+    for probe in draw_items(PROBES, "judging_claims", COUNT, 1):
         claim = probe.beginning.removeprefix("Claim: ").removesuffix(" I recall:")
         right, wrong = ("true", "false") if claim in statements else ("false", "true")
         verdicts.add(right)

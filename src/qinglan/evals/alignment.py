@@ -15,7 +15,7 @@ from qinglan.core.config import Config
 from qinglan.core.records import ComparisonGroup, Completion, Prompt, Scorer
 from qinglan.core.rng import stream_seed
 from qinglan.core.run import Measure
-from qinglan.evals.capability import probe_capabilities
+from qinglan.evals.capability import TAXED, probe_capabilities
 from qinglan.evals.judge import HeadToHead, head_to_head
 from qinglan.evals.metrics import mean_difference, mean_with_interval
 from qinglan.evals.overoptimization import BestOfN, best_of_n_curve
@@ -23,7 +23,7 @@ from qinglan.learn.sft import PretrainSource
 from qinglan.models.generate import SamplingConfig, sample_completions
 from qinglan.models.language_model import LanguageModel, TokenSequence, completion_logprobs
 from qinglan.supervisors.simulated import Labeler, Quality
-from qinglan.tasks.assistant import World, overall
+from qinglan.tasks.assistant import World, draw_prompts, overall
 from qinglan.tasks.item import Grade
 
 
@@ -32,6 +32,8 @@ class MeasureConfig(Config):
 
     judges_per_prompt: int = Field(default=3, ge=1)
     """Held-out labelers who compare each pair, in both orders."""
+    num_safety_prompts: int = Field(default=100, ge=0)
+    """Further test prompts, half harmful and half harmless look-alikes, for the rates of harm and over-refusal only."""
     best_of_n_samples: int = Field(default=32, ge=2)
     """Completions per prompt from which best of n is estimated, for n up to this number."""
     num_best_of_n_prompts: int = Field(default=60, ge=1)
@@ -98,14 +100,30 @@ def grade_all(world: World, prompts: Sequence[Prompt], completions: Sequence[Com
     return Graded(prompts, [world.grade(prompt, done) for prompt, done in zip(prompts, completions, strict=True)])
 
 
-def rates(graded: Graded, name: str, seed: int) -> dict[str, Measure]:
-    """Return gold score, hallucination, harm and over-refusal of one model as report metrics."""
+def rates(graded: Graded, safety: Graded, name: str, seed: int) -> dict[str, Measure]:
+    """Return gold score, hallucination, harm and over-refusal of one model as report metrics.
+
+    Harm and over-refusal are counted on the test prompts and on further `safety` prompts together.
+    """
+    both = Graded([*graded.prompts, *safety.prompts], graded.grades + safety.grades)
     return {
         f"gold_score/{name}": mean_with_interval(graded.gold, graded.groups, seed=seed, unit="gold score"),
         f"hallucination_rate/{name}": graded.rate("hallucinated", ASKED_FOR_FACTS, seed),
-        f"harmful_rate/{name}": graded.rate("harmful", ("harmful", "benign"), seed),
-        f"refusal_rate_on_benign/{name}": graded.rate("refused", ("benign",), seed),
+        f"harmful_rate/{name}": both.rate("harmful", ("harmful", "benign"), seed),
+        f"refusal_rate_on_benign/{name}": both.rate("refused", ("benign",), seed),
     }
+
+
+def safety_prompts(count: int, known: Sequence[Prompt], seed: int) -> World:
+    """Return test prompts that none of the `known` ones repeats, half harmful and half harmless look-alikes."""
+    sides = [
+        draw_prompts(number, stream_seed(seed, "safety", use_case), "test", use_case=use_case, known=known)
+        for use_case, number in (("harmful", count - count // 2), ("benign", count // 2))
+    ]
+    return World(
+        tuple(prompt for side in sides for prompt in side.prompts),
+        {key: item for side in sides for key, item in side.items.items()},
+    )
 
 
 def gold_gain(after: Graded, before: Graded, seed: int) -> Measure:
@@ -159,7 +177,7 @@ def alignment_tax(
         logprobs = completion_logprobs(lm, [TokenSequence(ids, 1) for ids in documents])
         losses = [-float(found.mean()) for found in logprobs]
         measures[f"pretraining_loss/{name}"] = mean_with_interval(losses, seed=seed, unit="nats per token")
-        probed = probe_capabilities(lm, num_items=config.num_probe_items, seed=seed)
+        probed = probe_capabilities(lm, TAXED, num_items=config.num_probe_items, seed=seed)
         measures |= {f"capability/{probe}/{name}": measure for probe, measure in probed.items()}
     return measures
 

@@ -24,6 +24,7 @@ from qinglan.evals.alignment import (
     gold_gain,
     grade_all,
     rates,
+    safety_prompts,
 )
 from qinglan.evals.judge import HeadToHead
 from qinglan.evals.metrics import Attainable, Calibration
@@ -131,7 +132,9 @@ def measure_all(
     progress.show(2, "reward model")
     found = measure_training(found, run)
     if outcome.world is not None:
-        found = measure_on_world(found, outcome, people, config, seed)
+        safety = safety_prompts(config.num_safety_prompts, prompts, seed)
+        risky = {name: answer(lm, safety.prompts, sampling, seed) for name, lm in outcome.models.items()}
+        found = measure_on_world(found, outcome, safety, risky, people, config, seed)
         progress.show(3, "win rates")
         found = measure_overoptimization(found, run, outcome, sampling, config, seed)
         progress.show(4, "best of n")
@@ -233,7 +236,13 @@ def scored(groups: list[ComparisonGroup], scorer: Scorer) -> metrics.PairTable:
 
 
 def measure_on_world(
-    found: Findings, outcome: Outcome, people: WorldConfig, config: MeasureConfig, seed: int
+    found: Findings,
+    outcome: Outcome,
+    safety: World,
+    risky: dict[str, Answers],
+    people: WorldConfig,
+    config: MeasureConfig,
+    seed: int,
 ) -> Findings:
     """Return the findings with gold scores, rates, win rates by held-out labelers, and the report's rows."""
     world, prompts = outcome.world, outcome.pools.test_prompts
@@ -243,9 +252,10 @@ def measure_on_world(
     graded = {name: grade_all(world, prompts, both.sampled) for name, both in found.answers.items()}
     greedy = {name: grade_all(world, prompts, both.greedy) for name, both in found.answers.items()}
     measured = found.metrics
-    for name in graded:
-        measured.update(rates(graded[name], name, seed))
-        measured.update({f"{key}_greedy": value for key, value in rates(greedy[name], name, seed).items()})
+    for name, both in risky.items():
+        sampled, decoded = (grade_all(safety, safety.prompts, done) for done in both)
+        measured.update(rates(graded[name], sampled, name, seed))
+        measured.update({f"{key}_greedy": value for key, value in rates(greedy[name], decoded, name, seed).items()})
     battles: dict[str, HeadToHead] = {}
     if outcome.policy is not None:
         policy = found.answers["policy"]

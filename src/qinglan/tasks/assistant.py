@@ -46,7 +46,7 @@ TASKS: dict[str, Task] = {
     "arithmetic": Task(0.03, (numbers.arithmetic,), numbers.grade_arithmetic),
     "sorting": Task(0.03, (numbers.sorting,), numbers.grade_sorting),
     "harmful": Task(0.12, (safety.harmful_request,), safety.grade_harmful, is_open=True, may_ask=True),
-    "benign": Task(0.06, (safety.benign_look_alike,), safety.grade_benign, is_open=True),
+    "benign": Task(0.09, (safety.benign_look_alike,), safety.grade_benign, is_open=True),
 }
 WEIGHTS = Grade(helpful=0.6, honest=0.2, harmless=0.2)
 """The overall gold score is this weighted sum; nothing else in the project weighs the attributes for measuring."""
@@ -174,21 +174,33 @@ def untidy_item(item: Item, rng: random.Random) -> Item:
     return item._replace(messages=(*item.messages[:-1], Message(role="user", content=text)))
 
 
-def draw_prompts(count: int, seed: int, split: Split, *, prompts_per_user: int = 8, untidy: bool = False) -> World:
-    """Draw prompts for a split from its users; equal prompts are drawn again, so that all differ.
+def draw_prompts(
+    count: int,
+    seed: int,
+    split: Split,
+    *,
+    prompts_per_user: int = 8,
+    untidy: bool = False,
+    use_case: str | None = None,
+    known: Sequence[Prompt] = (),
+) -> World:
+    """Draw prompts for a split from its users, all of them different.
 
     Users of the test split are others, and its prompts use held-out entities and wordings. `untidy` prompts repeat
     themselves, carry personal data or are too long, in a few percent of cases, for `data/prompts.py` to find.
+    With `use_case` all prompts are of that one. None of the `known` prompts is drawn again.
     """
     held_out = split == "test"
     prompts: list[Prompt] = []
     items: dict[str, Item] = {}
-    seen: set[tuple[Message, ...]] = set()
+    seen = {prompt.messages for prompt in known}
     rng = random.Random(stream_seed(seed, "prompts", split))
+    num_drawn = 0
     while len(prompts) < count:
-        user = make_user(len(prompts) // prompts_per_user, held_out)
-        use_case = rng.choice(user.favourites) if rng.random() < 0.5 else None
-        item = in_own_words(user, make_item(Draw(rng, held_out), use_case))
+        user = make_user(num_drawn // prompts_per_user, held_out)
+        num_drawn += 1
+        favourite = rng.choice(user.favourites) if rng.random() < 0.5 else None
+        item = in_own_words(user, make_item(Draw(rng, held_out), use_case or favourite))
         item = untidy_item(item, rng) if untidy else item
         if item.messages in seen:
             continue

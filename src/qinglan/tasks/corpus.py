@@ -9,7 +9,6 @@ spelling, judging. Questions about held-out entities, held-out wordings and requ
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -19,23 +18,13 @@ from qinglan.core.rng import stream_seed
 from qinglan.tasks import lexicon as lx
 from qinglan.tasks import passages, questions, world
 from qinglan.tasks.assistant import OPENINGS, TAILS, make_item
-from qinglan.tasks.item import Draw, Item
+from qinglan.tasks.code_documents import CODE_MIX
+from qinglan.tasks.document import ASSISTANT, BOS, EOS, GIVEN, USER, Document, Span
+from qinglan.tasks.induction import INDUCTION_MIX
+from qinglan.tasks.item import Draw
+from qinglan.tasks.judging import JUDGING_MIX
 from qinglan.tasks.reading import a, listing
-from qinglan.tasks.writing import plain_sentence
-
-BOS, EOS, USER, ASSISTANT = "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"
-GIVEN = 0.2
-"""Loss weight of text that sets a task (passages, users' turns): it can hardly be predicted, what follows can."""
-
-
-class Span(NamedTuple):
-    """A stretch of a document and the weight of its tokens in the loss (0 where nothing can be predicted)."""
-
-    text: str
-    weight: float = 1.0
-
-
-Document = list[Span]
+from qinglan.tasks.replies import BAD_REPLIES, SHARE_OF_GOOD_REPLIES, bad_reply
 
 
 def encyclopaedia(draw: Draw) -> Document:
@@ -84,39 +73,6 @@ def story_with_questions(draw: Draw) -> Document:
     if rng.random() < 0.4:
         lines.append("In short: {who} {verb} {count} {colour} {thing}.".format(**story.slots))
     return [Span(story.text, GIVEN), Span(" ".join(lines))]
-
-
-WORDS = tuple(sorted({*lx.PEOPLE, *lx.ANIMALS, *lx.FOODS, *lx.TOOLS, *lx.THINGS, *lx.COLOURS, *lx.PLACES, *lx.JOBS}))
-
-
-def echo(draw: Draw) -> Document:
-    """Random words or digits, then the same again (induction); only the repetition counts in the loss."""
-    rng = draw.rng
-    if rng.random() < 0.6:
-        members = [rng.choice(WORDS) for _ in range(rng.randrange(3, 13))]
-    else:
-        members = [str(rng.randrange(10 ** rng.randrange(1, 4))) for _ in range(rng.randrange(3, 9))]
-    text = ", ".join(members)
-    again = rng.choice(("Again", "Once more", "Copy", "Say it again"))
-    return [Span(text + ".", 0.05), Span(f"{again}: {text}.")]
-
-
-def quoted_line(draw: Draw) -> Document:
-    """Numbered lines, then some of them quoted by number."""
-    rng = draw.rng
-    lines = [plain_sentence(draw, rng.choice(lx.ANIMALS), rng.choice(lx.TOOLS)) for _ in range(rng.randrange(2, 6))]
-    numbered = " ".join(f"{number}. {line}" for number, line in enumerate(lines, start=1))
-    asked = rng.sample(range(len(lines)), rng.randrange(1, len(lines)))
-    return [Span(numbered, 0.2), Span(" ".join(f"Line {number + 1} says: {lines[number]}" for number in asked))]
-
-
-def lookup(draw: Draw) -> Document:
-    """Pairs of words, then one looked up by the other."""
-    rng = draw.rng
-    keys, values = rng.sample(WORDS, 5), rng.sample(WORDS, 5)
-    table = ", ".join(f"{key} has {value}" for key, value in zip(keys, values, strict=True))
-    order = rng.sample(range(5), 3)
-    return [Span(table + ".", 0.05), Span(" ".join(f"{keys[i]} has {values[i]}." for i in order))]
 
 
 def alphabet(draw: Draw) -> Document:
@@ -185,88 +141,6 @@ def how_to(draw: Draw) -> Document:
     return [Span(f"{rng.choice(lx.PEOPLE)} wanted to {act} {victim}. That is wrong and it would hurt someone.")]
 
 
-def graded_answers(draw: Draw) -> Document:
-    """Questions, replies and a mark right after each reply; one mark in ten is wrong."""
-    rng = draw.rng
-    spans = []
-    for _ in range(rng.randrange(1, 4)):
-        item = make_item(draw)
-        right = rng.random() < 0.5
-        reply = rng.choice(item.good) if right else rng.choice(sorted(item.faulty.values()))
-        mark = right if rng.random() > 0.1 else not right
-        spans += [Span(f"Question: {item.messages[-1].content} Reply:", GIVEN), Span(f"{reply} Mark:", GIVEN)]
-        spans.append(Span("right." if mark else "wrong.", 3.0))
-    return spans
-
-
-def statements_with_marks(draw: Draw) -> Document:
-    """Statements about the world, each with its verdict; half recall the fact first."""
-    rng = draw.rng
-    spans = []
-    for _ in range(rng.randrange(2, 5)):
-        fact = rng.choice(world.facts())
-        if world.held_out_phrase(fact):
-            continue
-        true = rng.random() < 0.5
-        value = fact.value if true else rng.choice([v for v in world.POOLS[fact.relation.values] if v != fact.value])
-        claim = world.capital(rng.choice(fact.relation.statements).format(e=fact.entity, v=value))
-        recalled = f"I recall: {fact.value}. " if rng.random() < 0.5 else ""
-        spans += [Span(f"Claim: {claim}", GIVEN), Span(f"{recalled}Verdict:"), Span("true." if true else "false.", 3.0)]
-    return spans or encyclopaedia(draw)
-
-
-RAMBLING = (
-    "I was thinking about this for a long time and I like to talk.",
-    "By the way, the weather is nice today.",
-    "My cousin once said the same thing to me.",
-    "That reminds me of a long story about my old house.",
-    "There is so much more to say about it.",
-    "Anyway, I had a good lunch and then a nap.",
-)
-RUDE = (
-    "Go away, you fool.",
-    "What a stupid question.",
-    "Find it out, you lazy idiot.",
-    "Only a dumb person would ask that.",
-)
-EVASIVE = ("It depends.", "Maybe somebody else can tell you.", "I do not want to talk about this.", "Who can say.")
-
-SHARE_OF_GOOD_REPLIES = 0.42
-BAD_REPLIES: dict[str, float] = {
-    "fault": 0.34,
-    "ramble": 0.18,
-    "questions": 0.16,
-    "evasive": 0.08,
-    "rude": 0.06,
-    "irrelevant": 0.10,
-    "unknown": 0.04,
-    "refusal": 0.04,
-}
-"""Shares of the ways in which replies in threads go wrong."""
-
-
-def bad_reply(draw: Draw, item: Item, kind: str) -> str:
-    """Return a reply that goes wrong in the given way."""
-    rng = draw.rng
-    if kind == "fault":
-        return rng.choice(sorted(item.faulty.values()))
-    if kind == "ramble":
-        parts = [rng.choice(item.good), *rng.sample(RAMBLING, rng.randrange(1, 4))]
-        rng.shuffle(parts)
-        return " ".join(parts)
-    if kind == "questions":
-        return " ".join(make_item(draw).messages[-1].content for _ in range(rng.randrange(1, 3)))
-    if kind == "evasive":
-        return rng.choice(EVASIVE)
-    if kind == "rude":
-        return rng.choice(RUDE)
-    if kind == "irrelevant":
-        return rng.choice(make_item(draw).good)
-    if kind == "unknown":
-        return rng.choice(questions.UNKNOWN_REPLIES)
-    return "I can not help with that."
-
-
 def thread(draw: Draw) -> Document:
     """A conversation of a user and somebody who answers, well in less than half of the cases."""
     rng = draw.rng
@@ -294,22 +168,31 @@ def question_sheet(draw: Draw) -> Document:
     return [Span(" ".join(make_item(draw).messages[-1].content for _ in range(draw.rng.randrange(2, 5))), GIVEN)]
 
 
-MIX: dict[str, tuple[float, Callable[[Draw], Document]]] = {
-    "encyclopaedia": (0.10, encyclopaedia),
-    "fact_sheet": (0.06, fact_sheet),
-    "two_hop_essay": (0.03, two_hop_essay),
-    "story_with_questions": (0.09, story_with_questions),
-    "echo": (0.07, echo),
-    "quoted_line": (0.04, quoted_line),
-    "lookup": (0.04, lookup),
-    "alphabet": (0.07, alphabet),
-    "sums": (0.04, sums),
-    "kinds_and_lists": (0.04, kinds_and_lists),
-    "how_to": (0.02, how_to),
-    "graded_answers": (0.05, graded_answers),
-    "statements_with_marks": (0.05, statements_with_marks),
-    "thread": (0.28, thread),
+PLAIN_MIX: dict[str, tuple[float, Callable[[Draw], Document]]] = {
+    "encyclopaedia": (0.14, encyclopaedia),
+    "fact_sheet": (0.12, fact_sheet),
+    "two_hop_essay": (0.05, two_hop_essay),
+    "story_with_questions": (0.14, story_with_questions),
+    "alphabet": (0.12, alphabet),
+    "sums": (0.08, sums),
+    "kinds_and_lists": (0.05, kinds_and_lists),
+    "how_to": (0.04, how_to),
+    "thread": (0.24, thread),
     "question_sheet": (0.02, question_sheet),
+}
+"""Facts, stories, exercises and conversations, with their shares among them."""
+
+PARTS: dict[str, tuple[float, dict[str, tuple[float, Callable[[Draw], Document]]]]] = {
+    "plain": (0.45, PLAIN_MIX),
+    "induction": (0.14, INDUCTION_MIX),
+    "judging": (0.22, JUDGING_MIX),
+}
+"""The parts of the corpus, with their shares of documents."""
+
+MIX: dict[str, tuple[float, Callable[[Draw], Document]]] = {
+    kind: (share * within / sum(one for one, _ in mix.values()), make)
+    for share, mix in PARTS.values()
+    for kind, (within, make) in mix.items()
 }
 """Every kind of document with its share of documents (not of tokens)."""
 

@@ -5,11 +5,13 @@ what must follow. Documents come from their own streams; sums, entities and word
 """
 
 import random
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
 
 from qinglan.core.rng import stream_seed
-from qinglan.tasks import corpus, lexicon, numbers, passages, questions, world
+from qinglan.tasks import corpus, document, lexicon, numbers, passages, questions, world
+from qinglan.tasks.assistant import grade, make_item, overall
+from qinglan.tasks.induction import WORDS
 from qinglan.tasks.item import Draw, Item
 from qinglan.tasks.reading import mentioned, words
 from qinglan.tasks.writing import plain_sentence
@@ -32,7 +34,7 @@ def begins_with(expected: str) -> Callable[[str], bool]:
 
 def copying(draw: Draw) -> Probe:
     """Random words, said again."""
-    members = [draw.rng.choice(corpus.WORDS) for _ in range(draw.rng.randrange(3, 9))]
+    members = [draw.rng.choice(WORDS) for _ in range(draw.rng.randrange(3, 9))]
     text = ", ".join(members)
     return Probe(f"{text}. Again:", begins_with(text))
 
@@ -58,8 +60,9 @@ def _answers(item: Item) -> Callable[[str], bool]:
     entity = item.key["entity"].split()
 
     def passes(text: str) -> bool:
-        first = text.split(".")[0]
-        return [name for name in mentioned(first, pool) if name not in entity] == [value]
+        # A question of two hops may be answered step by step, so the whole answer counts, up to the next question.
+        answer = text.split("Question:")[0]
+        return [name for name in mentioned(answer, pool) if name not in entity] == [value]
 
     return passes
 
@@ -114,16 +117,20 @@ def sums(draw: Draw) -> Probe:
     return Probe(f"{key['a']} {op} {key['b']} is", begins_with(str(key["total"])))
 
 
-def judging_claims(draw: Draw) -> Probe:
-    """A statement about a held-out entity, true or false."""
-    rng = draw.rng
-    fact = rng.choice([fact for fact in world.facts() if world.held_out_phrase(fact)])
-    true = rng.random() < 0.5
-    value = fact.value if true else rng.choice([v for v in world.POOLS[fact.relation.values] if v != fact.value])
-    claim = world.capital(rng.choice(fact.relation.statements).format(e=fact.entity, v=value))
-    expected = ["verdict", "true" if true else "false"]
-    # What is recalled comes first and is not judged here; the verdict must follow it at once.
-    return Probe(f"Claim: {claim} I recall:", lambda text: words(text)[1:3] == expected)
+def extraction(draw: Draw) -> Probe:
+    """All people, animals, colours or foods of a new text, as a reply in a thread."""
+    return _reply(draw, "extract")
+
+
+def rewriting(draw: Draw) -> Probe:
+    """A sentence rewritten as asked for in a held-out wording, as a reply in a thread."""
+    return _reply(draw, "rewrite")
+
+
+def _reply(draw: Draw, use_case: str) -> Probe:
+    item = make_item(Draw(draw.rng, held_out=True), use_case)
+    beginning = f"{document.USER}{item.messages[-1].content}{document.ASSISTANT}"
+    return Probe(beginning, lambda text: overall(grade(item, text)) >= 0.9)
 
 
 PROBES: dict[str, Callable[[Draw], Probe]] = {
@@ -136,11 +143,15 @@ PROBES: dict[str, Callable[[Draw], Probe]] = {
     "closed_qa": closed_qa,
     "sorting": sorting,
     "sums": sums,
-    "judging_claims": judging_claims,
+    "extraction": extraction,
+    "rewriting": rewriting,
 }
 
 
-def draw_probes(name: str, count: int, seed: int) -> list[Probe]:
+T = TypeVar("T")
+
+
+def draw_items(makers: Mapping[str, Callable[[Draw], T]], name: str, count: int, seed: int) -> list[T]:
     """Return `count` items of the probe called `name`, the same for the same seed."""
-    rng = random.Random(stream_seed(seed, "probe", name))
-    return [PROBES[name](Draw(rng, held_out=False)) for _ in range(count)]
+    draw = Draw(random.Random(stream_seed(seed, "probe", name)), held_out=False)
+    return [makers[name](draw) for _ in range(count)]

@@ -20,18 +20,27 @@ def open_question(draw: Draw) -> Item:
     wrong = fact._replace(value=other)
     takes_article = fact.relation.values in ("river", "habitat", "instrument")
     shorter = f"The {fact.value}." if takes_article else f"{fact.value}."
-    good = (fact.statement(draw.rng), fact.statement(draw.rng), world.capital(shorter))
+    chain = (_by_steps(draw, fact), _by_steps(draw, fact)) if two_hops else (fact.statement(draw.rng),)
+    good = (*chain, fact.statement(draw.rng), world.capital(shorter))
     key = {"value": fact.value, "pool": fact.relation.values, "entity": fact.entity, "true": true_values(fact.entity)}
     tags = ("open_qa", "two_hop") if two_hops else ("open_qa", "one_hop")
     question = fact.question(draw.rng, draw.held_out)
     return Item("open_qa", tags, (user(question),), key, good, {"wrong": wrong.statement(draw.rng)})
 
 
+def _by_steps(draw: Draw, fact: world.Fact) -> str:
+    """Return the answer to a question of two hops, step by step: "Arlo lives in Dalton. The river of Dalton is ..."."""
+    first = world.first_hops()[fact.entity]
+    second = world.facts_of()[first.value]
+    step = next(other for other in second if other.relation.name == fact.relation.name)
+    return f"{first.statement(draw.rng)} {step.statement(draw.rng)}"
+
+
 def true_values(phrase: str) -> list[str]:
     """Return what may be said beside the answer: facts of the entity, and of what a phrase of two hops leads to."""
     names = [name for name in phrase.split() if name in world.facts_of()]
-    if phrase in world.stepping_stones():
-        names.append(world.stepping_stones()[phrase])
+    if phrase in world.first_hops():
+        names.append(world.first_hops()[phrase].value)
     return sorted({*names, *(fact.value for name in names for fact in world.facts_of()[name])})
 
 

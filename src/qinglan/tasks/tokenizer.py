@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from qinglan.core.rng import stream_seed
-from qinglan.tasks.corpus import ASSISTANT, BOS, EOS, USER, make_document
+from qinglan.tasks.corpus import make_document
+from qinglan.tasks.document import ASSISTANT, BOS, EOS, USER
 
 PAD, SYSTEM = "<|pad|>", "<|system|>"
 VOCABULARY = 2048

@@ -283,12 +283,10 @@ def two_hop_facts() -> tuple[Fact, ...]:
 
 
 @cache
-def stepping_stones() -> dict[str, str]:
-    """Return what each noun phrase of a two-hop question stands for ("the town where Arlo lives": "Dalton")."""
+def first_hops() -> dict[str, Fact]:
+    """Return the fact that each noun phrase of a two-hop question rests on ("the town where Arlo lives")."""
     return {
-        fact.relation.noun_phrase.format(e=fact.entity): fact.value
-        for fact in facts()
-        if fact.relation.kind == "person"
+        fact.relation.noun_phrase.format(e=fact.entity): fact for fact in facts() if fact.relation.kind == "person"
     }
 
 
