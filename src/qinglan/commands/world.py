@@ -63,7 +63,7 @@ def show(config: ShowCommand, options: Options) -> CommandResult:
             data["demonstrations"].append({"prompt": pair.prompt.messages[-1].content, "text": text, "gold": gold})
     if config.what in ("all", "corpus"):
         lines += ["", "Documents of the pretraining corpus:"]
-        for kind, (share, _) in corpus.MIX.items():
+        for kind, share in corpus.MIX.items():
             for _ in range(config.per_kind):
                 text = " ".join(span.text for span in corpus.make_document(rng, kind))
                 lines.append(f"  {kind} ({share:.0%}): {text}")
@@ -78,6 +78,8 @@ class PretrainCommand(Config):
     """Names in the table of sizes (`tasks/base_models.py`)."""
     training: PretrainConfig = PretrainConfig(num_tokens=10_000_000, context=CONTEXT)
     """The training loop."""
+    early_fraction: float = 0.1
+    """Share of the tokens, at the start, in which half of the documents are induction."""
     device: str = "auto"
     """cpu, cuda or auto."""
     num_probe_items: int = 100
@@ -99,7 +101,8 @@ def pretrain_sizes(config: PretrainCommand, options: Options) -> CommandResult:
         out = (options.out or Path("runs/pretrain")) / size
         run = Run.open(out, config, seed=options.seed, recipe=f"pretrain {size}", resume=options.resume)
         stage = run.stage("pretrain", config.training)
-        source = corpus.CorpusBlocks(tokenizer._tokenizer, options.seed, config.training.context)
+        num_early = round(config.early_fraction * config.training.num_tokens / config.training.context)
+        source = corpus.CorpusBlocks(tokenizer._tokenizer, options.seed, config.training.context, num_early)
         fresh = build(size, tokenizer, options.seed, device=device)
         lm = pretrain(
             fresh, source, config.training, stage=stage, seed=options.seed, probe=_probe_rates(config, options.seed)

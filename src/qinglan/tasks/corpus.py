@@ -7,7 +7,7 @@ spelling, judging. Questions about held-out entities, held-out wordings and requ
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from qinglan.core.rng import stream_seed
 from qinglan.tasks import lexicon as lx
 from qinglan.tasks import passages, questions, world
 from qinglan.tasks.assistant import OPENINGS, TAILS, make_item
+from qinglan.tasks.chess_games import CHESS_MIX
 from qinglan.tasks.code_documents import CODE_MIX
 from qinglan.tasks.document import ASSISTANT, BOS, EOS, GIVEN, USER, Document, Span
 from qinglan.tasks.induction import INDUCTION_MIX
@@ -183,24 +184,50 @@ PLAIN_MIX: dict[str, tuple[float, Callable[[Draw], Document]]] = {
 """Facts, stories, exercises and conversations, with their shares among them."""
 
 PARTS: dict[str, tuple[float, dict[str, tuple[float, Callable[[Draw], Document]]]]] = {
-    "plain": (0.45, PLAIN_MIX),
-    "induction": (0.14, INDUCTION_MIX),
-    "judging": (0.22, JUDGING_MIX),
+    "plain": (0.48, PLAIN_MIX),
+    "induction": (0.16, INDUCTION_MIX),
+    "judging": (0.34, JUDGING_MIX),
+    "chess": (0.02, CHESS_MIX),
 }
 """The parts of the corpus, with their shares of documents."""
+EARLY_INDUCTION = 0.5
+"""Share of induction documents in the first blocks: nets that have learnt to read their own context learn the rest
+faster."""
 
-MIX: dict[str, tuple[float, Callable[[Draw], Document]]] = {
-    kind: (share * within / sum(one for one, _ in mix.values()), make)
-    for share, mix in PARTS.values()
-    for kind, (within, make) in mix.items()
+
+def mix_of(parts: Collection[str], induction: float | None = None) -> dict[str, float]:
+    """Return the share of every kind of document of some parts, scaled to 1; `induction` sets the share of that part.
+
+    Shares are of documents, not of tokens.
+    """
+    total = sum(PARTS[part][0] for part in parts)
+    shares = {part: PARTS[part][0] / total for part in parts}
+    if induction is not None:
+        rest = 1.0 - shares["induction"]
+        shares = {part: share * (1.0 - induction) / rest for part, share in shares.items()} | {"induction": induction}
+    found = {}
+    for part, share in shares.items():
+        within = sum(one for one, _ in PARTS[part][1].values())
+        found |= {kind: share * one / within for kind, (one, _) in PARTS[part][1].items()}
+    return found
+
+
+MAKERS: dict[str, Callable[[Draw], Document]] = {
+    kind: make for _, mix in PARTS.values() for kind, (_, make) in mix.items()
 }
-"""Every kind of document with its share of documents (not of tokens)."""
+"""Every kind of document."""
+WITHOUT_EXTRAS = tuple(part for part in PARTS if part != "chess")
+"""The parts that need no extra of the package."""
+MIX = mix_of(tuple(PARTS))
+"""Share of every kind of document in the whole corpus."""
+PLAIN_ENOUGH = mix_of(WITHOUT_EXTRAS)
+"""The same without chess, which needs a package of its own: what the recipes mix into SFT and PPO."""
 
 
-def make_document(rng: random.Random, kind: str | None = None) -> Document:
-    """Draw a document of a kind, by default by the shares of the mix."""
-    name = kind or rng.choices(list(MIX), [share for share, _ in MIX.values()])[0]
-    return MIX[name][1](Draw(rng, held_out=False))
+def make_document(rng: random.Random, kind: str | None = None, mix: Mapping[str, float] = PLAIN_ENOUGH) -> Document:
+    """Draw a document of a kind, by default by the shares of a mix."""
+    name = kind or rng.choices(list(mix), list(mix.values()))[0]
+    return MAKERS[name](Draw(rng, held_out=False))
 
 
 def special_id(tokenizer: Tokenizer, token: str) -> int:
@@ -228,22 +255,27 @@ def document_ids(tokenizer: Tokenizer, document: Document) -> tuple[list[int], l
 class CorpusBlocks:
     """The block source of pretraining: (first number, count) -> ids and loss weights, both [count, context + 1].
 
-    Block number i is made from its own generator: documents one after the other, the last one cut.
+    Block number i is made from its own generator: documents one after the other, the last one cut. Of the first
+    `num_early` blocks half of the documents are induction.
     """
 
     tokenizer: Tokenizer
     seed: int
     context: int
+    num_early: int = 0
+    parts: tuple[str, ...] = tuple(PARTS)
 
     def __call__(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return blocks number `start` to `start + count - 1`."""
         all_ids, all_weights = [], []
+        early, late = mix_of(self.parts, EARLY_INDUCTION), mix_of(self.parts)
         for number in range(start, start + count):
+            mix = early if number < self.num_early else late
             rng = random.Random(stream_seed(self.seed, "corpus", number))
             ids: list[int] = []
             weights: list[float] = []
             while len(ids) <= self.context:
-                more, loss_weights = document_ids(self.tokenizer, make_document(rng))
+                more, loss_weights = document_ids(self.tokenizer, make_document(rng, mix=mix))
                 ids += more
                 weights += loss_weights
             all_ids.append(ids[: self.context + 1])

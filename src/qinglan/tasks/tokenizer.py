@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from qinglan.core.rng import stream_seed
-from qinglan.tasks.corpus import make_document
+from qinglan.tasks.corpus import MIX, make_document
 from qinglan.tasks.document import ASSISTANT, BOS, EOS, USER
 
 PAD, SYSTEM = "<|pad|>", "<|system|>"
@@ -46,7 +46,8 @@ def train_tokenizer(num_documents: int, seed: int) -> PreTrainedTokenizerFast:
     def texts() -> list[str]:
         made = []
         for number in range(num_documents):
-            text = " ".join(span.text for span in make_document(random.Random(stream_seed(seed, "tokenizer", number))))
+            document = make_document(random.Random(stream_seed(seed, "tokenizer", number)), mix=MIX)
+            text = " ".join(span.text for span in document)
             made += re.split(marks, text)  # line feeds stay: a program's line breaks and indentation become tokens
         return made
 
