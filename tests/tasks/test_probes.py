@@ -1,11 +1,16 @@
 """Probes accept what is right and reject what is wrong; what they accept is in the world or in the text itself."""
 
+import random
 import re
 
 import pytest
 
 from qinglan.tasks import passages, world
-from qinglan.tasks.probes import PROBES, Probe, draw_probes
+from qinglan.tasks.assistant import grade, overall
+from qinglan.tasks.item import Draw
+from qinglan.tasks.judging import GOOD_ENOUGH
+from qinglan.tasks.judging_probes import CHOICES, good_and_bad
+from qinglan.tasks.probes import PROBES, Probe, draw_items
 
 COUNT = 20
 RECALLING = ("recall", "recall_held_out", "two_hops")
@@ -45,6 +50,7 @@ def test_quotes_are_of_the_line_asked_for() -> None:
 
 @pytest.mark.parametrize("name", RECALLING)
 def test_questions_accept_exactly_the_true_value(name: str) -> None:
+    rng = random.Random(0)
     facts = world.two_hop_facts() if name == "two_hops" else world.facts()
     by_question = {
         world.capital(wording.format(e=fact.entity)): fact for fact in facts for wording in fact.relation.questions
@@ -55,8 +61,11 @@ def test_questions_accept_exactly_the_true_value(name: str) -> None:
         pool = world.POOLS[fact.relation.values]
         assert accepted(probe, pool) == [fact.value]
         wrong = next(value for value in pool if value != fact.value)
-        assert probe.passes(f" {fact.value}. {wrong} too.")  # only the first sentence counts
-        assert not probe.passes(f" {fact.value} and {wrong}.")
+        assert probe.passes(f" {fact.value}. Question: {wrong}?")  # what follows the answer does not count
+        assert not probe.passes(f" {fact.value} and {wrong}.") and not probe.passes(f" {fact.value}. {wrong} too.")
+        if name == "two_hops":
+            first = world.first_hops()[fact.entity]
+            assert probe.passes(f" {first.statement(rng)} {world.capital(first.value)}: {fact.value}.")
 
 
 def test_closed_questions_accept_one_value_that_the_passage_holds() -> None:
@@ -81,19 +90,35 @@ def test_sorting_and_sums() -> None:
         )
 
 
-def test_claims_about_held_out_entities_need_the_right_verdict_at_once() -> None:
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_repeat_are_balanced_and_have_one_right_option(name: str) -> None:
+    choices = draw_items(CHOICES, name, 200, 1)
+    assert choices == draw_items(CHOICES, name, 200, 1)
+    assert all(len(set(choice.options)) == len(choice.options) > choice.right >= 0 for choice in choices)
+    if name != "critiquing":
+        assert 0.35 < sum(choice.right for choice in choices) / 200 < 0.65
+
+
+def test_claims_are_about_held_out_entities_and_their_verdicts_right() -> None:
     statements = {
         world.capital(wording.format(e=fact.entity, v=fact.value))
         for fact in world.facts()
         if world.held_out_phrase(fact)
         for wording in fact.relation.statements
     }
-    verdicts = set()
-    for probe in draw_items(PROBES, "judging_claims", COUNT, 1):
-        claim = probe.beginning.removeprefix("Claim: ").removesuffix(" I recall:")
-        right, wrong = ("true", "false") if claim in statements else ("false", "true")
-        verdicts.add(right)
-        assert probe.passes(f" Dalton. Verdict: {right}. Claim: Ada")
-        assert not probe.passes(f" Dalton. Verdict: {wrong}. Verdict: {right}.")
-        assert not probe.passes(f" {right}.") and not probe.passes(" Dalton. Verdict:")
-    assert verdicts == {"true", "false"}
+    for choice in draw_items(CHOICES, "judging_claims_at_once", 60, 1):
+        claim = choice.beginning.removeprefix("Claim: ").removesuffix(" Verdict:")
+        assert choice.options[choice.right] == ("true." if claim in statements else "false.")
+
+
+def test_replies_called_good_are_better_by_the_answer_key() -> None:
+    draw = Draw(random.Random(3), False)
+    for _ in range(60):
+        item, good, bad = good_and_bad(draw)
+        assert overall(grade(item, good)) >= GOOD_ENOUGH > overall(grade(item, bad))
+
+
+def test_sentences_in_their_right_order_are_the_grammatical_ones() -> None:
+    for choice in draw_items(CHOICES, "grammaticality", 30, 2):
+        right, wrong = choice.options[choice.right], choice.options[1 - choice.right]
+        assert sorted(right.split()) == sorted(wrong.split()) and right[0].isupper()

@@ -40,7 +40,7 @@ def documents() -> tuple[str, ...]:
 @cache
 def prompts(held_out: bool) -> tuple[str, ...]:
     rng = random.Random(stream_seed(0, "prompts for tests", int(held_out)))
-    return tuple(make_item(Draw(rng, held_out)).messages[-1].content for _ in range(SOME))
+    return tuple(make_item(Draw(rng, held_out)).messages[-1].content for _ in range(2 * SOME))
 
 
 @cache
@@ -81,7 +81,7 @@ def test_names_mean_one_thing() -> None:
 
 
 def test_questions_of_two_hops_follow_two_facts() -> None:
-    known, stones = world.value_of(), world.stepping_stones()
+    known, stones = world.value_of(), world.first_hops()
     for fact in world.two_hop_facts():
         first = next(
             relation
@@ -91,7 +91,7 @@ def test_questions_of_two_hops_follow_two_facts() -> None:
         )
         person = next(name for name in fact.entity.split() if name in lx.PEOPLE)
         between = known[person, first.name]
-        assert stones[fact.entity] == between
+        assert stones[fact.entity].value == between
         assert known[between, fact.relation.name] == fact.value
         assert "the the" not in fact.question(random.Random(0), True).lower()
 

@@ -195,14 +195,14 @@ def draw_prompts(
     items: dict[str, Item] = {}
     seen = {prompt.messages for prompt in known}
     rng = random.Random(stream_seed(seed, "prompts", split))
-    num_drawn = 0
+    num_repeats = 0  # who has nothing new to ask makes room for the next user
     while len(prompts) < count:
-        user = make_user(num_drawn // prompts_per_user, held_out)
-        num_drawn += 1
+        user = make_user(len(prompts) // prompts_per_user + num_repeats // 50, held_out)
         favourite = rng.choice(user.favourites) if rng.random() < 0.5 else None
         item = in_own_words(user, make_item(Draw(rng, held_out), use_case or favourite))
         item = untidy_item(item, rng) if untidy else item
         if item.messages in seen:
+            num_repeats += 1
             continue
         seen.add(item.messages)
         prompt_id = record_id("prompt", item.messages)

@@ -184,9 +184,10 @@ PLAIN_MIX: dict[str, tuple[float, Callable[[Draw], Document]]] = {
 """Facts, stories, exercises and conversations, with their shares among them."""
 
 PARTS: dict[str, tuple[float, dict[str, tuple[float, Callable[[Draw], Document]]]]] = {
-    "plain": (0.48, PLAIN_MIX),
-    "induction": (0.16, INDUCTION_MIX),
-    "judging": (0.34, JUDGING_MIX),
+    "plain": (0.43, PLAIN_MIX),
+    "induction": (0.15, INDUCTION_MIX),
+    "judging": (0.31, JUDGING_MIX),
+    "code": (0.09, CODE_MIX),
     "chess": (0.02, CHESS_MIX),
 }
 """The parts of the corpus, with their shares of documents."""
