@@ -195,15 +195,17 @@ def draw_prompts(
     items: dict[str, Item] = {}
     seen = {prompt.messages for prompt in known}
     rng = random.Random(stream_seed(seed, "prompts", split))
-    num_repeats = 0  # who has nothing new to ask makes room for the next user
+    num_skipped = num_repeats = 0  # who has nothing new to ask makes room for the next user
     while len(prompts) < count:
-        user = make_user(len(prompts) // prompts_per_user + num_repeats // 50, held_out)
+        user = make_user(len(prompts) // prompts_per_user + num_skipped, held_out)
         favourite = rng.choice(user.favourites) if rng.random() < 0.5 else None
         item = in_own_words(user, make_item(Draw(rng, held_out), use_case or favourite))
         item = untidy_item(item, rng) if untidy else item
         if item.messages in seen:
             num_repeats += 1
+            num_skipped += num_repeats % 50 == 0
             continue
+        num_repeats = 0
         seen.add(item.messages)
         prompt_id = record_id("prompt", item.messages)
         prompts.append(
