@@ -51,7 +51,7 @@ SIZES: dict[str, Size] = {
     "micro": Size(num_layers=4, hidden=96, mlp=256, num_heads=4, head_dim=24),
     "mini": Size(num_layers=6, hidden=160, mlp=432, num_heads=5, head_dim=32),
 }
-"""About 0.25, 0.64 and 2.2 million parameters with a vocabulary of 2,048."""
+"""About 0.27, 0.66 and 2.2 million parameters with a vocabulary of 2,304."""
 
 
 # ------------------------------------------------------------------------------------------------------------ fresh

@@ -16,7 +16,7 @@ from qinglan.tasks.corpus import MIX, make_document
 from qinglan.tasks.document import ASSISTANT, BOS, EOS, USER
 
 PAD, SYSTEM = "<|pad|>", "<|system|>"
-VOCABULARY = 2048
+VOCABULARY = 2304
 TOKENIZER_DIR = Path(__file__).parent / "tokenizer"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -64,4 +64,4 @@ def train_tokenizer(num_documents: int, seed: int) -> PreTrainedTokenizerFast:
 
 
 if __name__ == "__main__":
-    train_tokenizer(100_000, seed=0).save_pretrained(TOKENIZER_DIR)
+    train_tokenizer(30_000, seed=0).save_pretrained(TOKENIZER_DIR)
