@@ -16,8 +16,8 @@ from qinglan.tasks.assistant_data import (
     quality_of,
     world_data,
 )
-from qinglan.tasks.replies import BAD_REPLIES, RAMBLING, bad_reply
 from qinglan.tasks.item import Draw
+from qinglan.tasks.replies import BAD_REPLIES, RAMBLING, bad_reply
 from qinglan.tasks.safety import REFUSALS
 
 SMALL = WorldConfig(

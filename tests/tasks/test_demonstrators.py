@@ -6,8 +6,8 @@ import pytest
 
 from qinglan.core.records import Demonstrated
 from qinglan.tasks.assistant import World, draw_prompts
-from qinglan.tasks.replies import RAMBLING, RUDE
 from qinglan.tasks.demonstrators import DemonstratorConfig, demonstrate, fault_of
+from qinglan.tasks.replies import RAMBLING, RUDE
 
 NUM_PROMPTS = 1200
 CAREFUL = DemonstratorConfig(

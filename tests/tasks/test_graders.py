@@ -12,8 +12,8 @@ from qinglan.core.rng import stream_seed
 from qinglan.tasks import lexicon as lx
 from qinglan.tasks import passages, reading, world
 from qinglan.tasks.assistant import NOUNS, TASKS, WEIGHTS, grade, make_item, overall
-from qinglan.tasks.replies import BAD_REPLIES, RAMBLING, bad_reply
 from qinglan.tasks.item import Draw, Grade, Item
+from qinglan.tasks.replies import BAD_REPLIES, RAMBLING, bad_reply
 
 RAMBLE = f"{RAMBLING[0]} {RAMBLING[1]}"
 GOOD, BAD = (0.85, 1.0), (0.0, 0.6)

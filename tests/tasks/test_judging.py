@@ -1,4 +1,4 @@
-"""Documents that judge: verdicts are right but for the mistakes that are meant, and held-out things are never judged."""
+"""Documents that judge: verdicts are right but for the mistakes that are meant; held-out things are never judged."""
 
 import random
 from collections import Counter

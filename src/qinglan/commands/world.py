@@ -1,21 +1,25 @@
 """`qinglan world ...`: show the built-in world, make its base models, probe what they can do."""
 
 import random
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from qinglan.cli import CommandResult, Options
 from qinglan.core.config import Config
 from qinglan.core.device import Device, prepare_process
-from qinglan.core.errors import InputError
+from qinglan.core.errors import InputError, nearest
 from qinglan.core.rng import stream_seed
 from qinglan.core.run import Measure, Run
-from qinglan.evals.capability import probe_capabilities
+from qinglan.evals.capability import WITHOUT_EXTRAS, probe_capabilities
+from qinglan.evals.capability_picture import draw_capabilities
 from qinglan.learn.pretrain import PretrainConfig, Probe, pretrain
 from qinglan.models.language_model import LanguageModel, load_language_model
 from qinglan.tasks import corpus, demonstrators
 from qinglan.tasks.assistant import TASKS, draw_prompts, grade, make_item, overall
 from qinglan.tasks.base_models import CONTEXT, base_tokenizer, build, resolve_model, ship, shipped_sizes, size_of
+from qinglan.tasks.chess_probes import CHESS_PROBES
+from qinglan.tasks.chess_rules import chess_library
 from qinglan.tasks.item import Draw
 
 
@@ -84,6 +88,8 @@ class PretrainCommand(Config):
     """cpu, cuda or auto."""
     num_probe_items: int = 100
     """Items of each capability probe on the way."""
+    parts: tuple[str, ...] = tuple(corpus.PARTS)
+    """Parts of the corpus to train on; chess needs an extra."""
     ship: bool = False
     """Copy the result into the package, in bfloat16, with its card; for developers of Qinglan."""
 
@@ -92,6 +98,14 @@ def pretrain_sizes(config: PretrainCommand, options: Options) -> CommandResult:
     """Pretrain each size in a folder below `--out`; finished ones are kept, stopped ones go on by --resume."""
     for size in config.sizes:
         size_of(size)
+    for part in config.parts:
+        if part not in corpus.PARTS:
+            expected = ", ".join(corpus.PARTS)
+            raise InputError(
+                f"parts: no part {part} of the corpus; expected of {expected}{nearest(part, corpus.PARTS)}"
+            )
+    if "chess" in config.parts:
+        chess_library()
     prepare_process()
     tokenizer = base_tokenizer()
     device = Device.detect(config.device)
@@ -102,7 +116,9 @@ def pretrain_sizes(config: PretrainCommand, options: Options) -> CommandResult:
         run = Run.open(out, config, seed=options.seed, recipe=f"pretrain {size}", resume=options.resume)
         stage = run.stage("pretrain", config.training)
         num_early = round(config.early_fraction * config.training.num_tokens / config.training.context)
-        source = corpus.CorpusBlocks(tokenizer._tokenizer, options.seed, config.training.context, num_early)
+        source = corpus.CorpusBlocks(
+            tokenizer._tokenizer, options.seed, config.training.context, num_early, config.parts
+        )
         fresh = build(size, tokenizer, options.seed, device=device)
         lm = pretrain(
             fresh, source, config.training, stage=stage, seed=options.seed, probe=_probe_rates(config, options.seed)
@@ -111,9 +127,7 @@ def pretrain_sizes(config: PretrainCommand, options: Options) -> CommandResult:
         measures = probe_capabilities(lm, num_items=config.num_probe_items, seed=options.seed)
         if config.ship:
             rates = {name: measure._asdict() for name, measure in measures.items()}
-            tokens = config.training.num_tokens
-            command = f"qinglan world pretrain --sizes {size} --training.num-tokens {tokens} --seed {options.seed}"
-            lines.append(f"shipped to {ship(out, size, command=command, probes=rates)}")
+            lines.append(f"shipped to {ship(out, size, probes=rates)}")
         lines += [f"{size}:", *_rows(measures)]
         data[size] = {name: measure._asdict() for name, measure in measures.items()}
     return CommandResult("\n".join(lines), data)
@@ -128,29 +142,43 @@ def _probe_rates(config: PretrainCommand, seed: int) -> Probe:
 
 
 class EvaluateCommand(Config):
-    """Which base models to probe."""
+    """Which base models to probe, and for what."""
 
     models: tuple[str, ...] = ()
     """Size names or model directories; default: all shipped sizes."""
+    probes: tuple[str, ...] = ()
+    """Names of probes; default: all whose package is installed (those of chess need an extra)."""
     num_items: int = 200
     """Items of each probe."""
+    picture: Path | None = None
+    """Draw capability against size into this file, .png or .svg."""
 
 
 def evaluate(config: EvaluateCommand, options: Options) -> CommandResult:
-    """Return `capability/<probe>/<model>` for every probe and model."""
+    """Return `capability/<probe>/<model>` for every probe and model, and `surprisal/...` of planted bugs."""
     prepare_process()
     names = config.models or tuple(shipped_sizes())
     if not names:
         raise InputError("world evaluate: no base model is shipped; name a directory with --models")
+    has_chess = find_spec("chess") is not None
+    probes = config.probes or (*WITHOUT_EXTRAS, *(CHESS_PROBES if has_chess else ()))
     metrics: dict[str, Measure] = {}
+    sizes: dict[str, int] = {}
     lines = []
     for name in names:
         lm = load_language_model(resolve_model(name), Device.detect("cpu"))
-        measures = probe_capabilities(lm, num_items=config.num_items, seed=options.seed)
+        sizes[name] = sum(parameter.numel() for parameter in lm.model.parameters())
+        measures = probe_capabilities(lm, probes, num_items=config.num_items, seed=options.seed)
         metrics |= {f"capability/{probe}/{name}": measure for probe, measure in measures.items()}
-        lines += [f"{name}:", *_rows(measures)]
-    return CommandResult("\n".join(lines), {"metrics": {key: measure._asdict() for key, measure in metrics.items()}})
+        lines += [f"{name} ({sizes[name]:,} parameters):", *_rows(measures)]
+    if not config.probes and not has_chess:
+        lines.append("Not measured: chess; its rules need the extra, install qinglan[chess].")
+    if config.picture is not None:
+        draw_capabilities(metrics, sizes, config.picture)
+        lines.append(str(config.picture))
+    data = {"metrics": {key: measure._asdict() for key, measure in metrics.items()}, "parameters": sizes}
+    return CommandResult("\n".join(lines), data)
 
 
 def _rows(measures: dict[str, Measure]) -> list[str]:
-    return [f"  {name:<18} {measure}" for name, measure in measures.items()]
+    return [f"  {name:<24} {measure}" for name, measure in measures.items()]

@@ -68,7 +68,7 @@ class Judgement(NamedTuple):
 
 
 def judge(lm: LanguageModel, choices: Sequence[Choice], seed: int) -> list[Judgement]:
-    """Let the model choose: softmax over the options' log-probabilities, after its own recollection where one is due."""
+    """Let the model choose: softmax over the options' log-probabilities, after its own record where one is due."""
     starts = [document_start(lm, choice.beginning) for choice in choices]
     recording = [i for i, choice in enumerate(choices) if choice.after_record is not None]
     if recording:

@@ -17,10 +17,10 @@ from qinglan.data.pools import Pools
 from qinglan.data.prompts import PromptConfig, check_disjoint, filter_prompts, split_by_group
 from qinglan.supervisors.simulated import Attributes, LabelerConfig, Quality
 from qinglan.tasks.assistant import World, draw_prompts
-from qinglan.tasks.replies import RAMBLING
 from qinglan.tasks.demonstrators import DemonstratorConfig, demonstrate
 from qinglan.tasks.passages import NOT_SAID_REPLIES
 from qinglan.tasks.questions import UNKNOWN_REPLIES
+from qinglan.tasks.replies import RAMBLING
 from qinglan.tasks.safety import REFUSALS
 
 LABELER_NOISE = 0.13

@@ -15,8 +15,8 @@ from qinglan.core.config import Config
 from qinglan.core.records import Demonstrated, Demonstration, Prompt, record_id
 from qinglan.core.rng import stream_seed
 from qinglan.tasks.assistant import World
-from qinglan.tasks.replies import bad_reply
 from qinglan.tasks.item import Draw, Item
+from qinglan.tasks.replies import bad_reply
 
 
 class DemonstratorConfig(Config):

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from qinglan.tasks import lexicon as lx
 from qinglan.tasks import world
-from qinglan.tasks.assistant import make_item, overall
 from qinglan.tasks.assistant import grade as grade_reply
+from qinglan.tasks.assistant import make_item, overall
 from qinglan.tasks.document import ASSISTANT, EOS, GIVEN, USER, VERDICT, Document, Span
 from qinglan.tasks.item import Draw, Item
 from qinglan.tasks.replies import BAD_REPLIES, RUDE, bad_reply

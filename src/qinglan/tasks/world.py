@@ -285,9 +285,7 @@ def two_hop_facts() -> tuple[Fact, ...]:
 @cache
 def first_hops() -> dict[str, Fact]:
     """Return the fact that each noun phrase of a two-hop question rests on ("the town where Arlo lives")."""
-    return {
-        fact.relation.noun_phrase.format(e=fact.entity): fact for fact in facts() if fact.relation.kind == "person"
-    }
+    return {fact.relation.noun_phrase.format(e=fact.entity): fact for fact in facts() if fact.relation.kind == "person"}
 
 
 def held_out_phrase(fact: Fact) -> bool:
