@@ -128,6 +128,8 @@ def closed_question(draw: Draw) -> Item:
     other = rng.choice([value for value in SLOT_POOLS[slot] if value != story.slots[slot]])
     wrong = SLOT_ANSWERS[slot].format(**{**story.slots, slot: other})
     short = world.capital(story.slots[slot]) + "."
+    if rng.random() < 0.4:  # as often as right replies are short, so that their form gives nothing away
+        wrong = world.capital(other) + "."
     key = {"told": True, "slot": slot, "value": story.slots[slot], "passage": story.text}
     prompt = user(form.format(p=story.text, q=question))
     return Item("closed_qa", ("closed_qa", "told"), (prompt,), key, (good, good, short), {"wrong": wrong})

@@ -19,13 +19,18 @@ def open_question(draw: Draw) -> Item:
     other = draw.rng.choice([value for value in values if value != fact.value])
     wrong = fact._replace(value=other)
     takes_article = fact.relation.values in ("river", "habitat", "instrument")
-    shorter = f"The {fact.value}." if takes_article else f"{fact.value}."
+
+    def in_short(value: str) -> str:
+        return world.capital(f"the {value}." if takes_article else f"{value}.")
+
     chain = (_by_steps(draw, fact), _by_steps(draw, fact)) if two_hops else (fact.statement(draw.rng),)
-    good = (*chain, fact.statement(draw.rng), world.capital(shorter))
+    good = (*chain, fact.statement(draw.rng), in_short(fact.value))
+    # Wrong replies are short as often as right ones, so that their form gives nothing away.
+    mistaken = in_short(other) if draw.rng.random() < 0.4 else wrong.statement(draw.rng)
     key = {"value": fact.value, "pool": fact.relation.values, "entity": fact.entity, "true": true_values(fact.entity)}
     tags = ("open_qa", "two_hop") if two_hops else ("open_qa", "one_hop")
     question = fact.question(draw.rng, draw.held_out)
-    return Item("open_qa", tags, (user(question),), key, good, {"wrong": wrong.statement(draw.rng)})
+    return Item("open_qa", tags, (user(question),), key, good, {"wrong": mistaken})
 
 
 def _by_steps(draw: Draw, fact: world.Fact) -> str:
