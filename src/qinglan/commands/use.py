@@ -19,7 +19,7 @@ from qinglan.data.load import OnBad, load_comparisons, load_prompts, parse_files
 from qinglan.data.own_records import record_of
 from qinglan.data.rows import Row, RowProblem, list_files, read_rows
 from qinglan.data.write import write_records
-from qinglan.evals.alignment import answer, grade_all, rates
+from qinglan.evals.alignment import Graded, answer, grade_all, rates
 from qinglan.evals.formatting import visible
 from qinglan.evals.instruct_gpt import HEADLINE
 from qinglan.evals.metrics import mean_with_interval, pair_accuracy, scored_pairs
@@ -271,7 +271,7 @@ def evaluate(config: EvaluateCommand, options: Options) -> CommandResult:
         answers = answer(lm, world.prompts, config.sampling, seed)
         for name, completions in (("sampled", answers.sampled), ("greedy", answers.greedy)):
             graded = grade_all(world, world.prompts, completions)
-            metrics |= rates(graded, name, seed)
+            metrics |= rates(graded, Graded([], []), name, seed)
             metrics |= {f"gold_score/{name}/{case}": one for case, one in graded.by_use_case(seed).items()}
         rows = {"student": metrics["gold_score/sampled"]}
     else:

@@ -1,6 +1,7 @@
 """`qinglan world ...`: show the built-in world, make its base models, probe what they can do."""
 
 import random
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -11,10 +12,11 @@ from qinglan.core.device import Device, prepare_process
 from qinglan.core.errors import InputError, nearest
 from qinglan.core.rng import stream_seed
 from qinglan.core.run import Measure, Run
+from qinglan.evals.bug_surprisal import bug_surprisal, planted_bugs
 from qinglan.evals.capability import WITHOUT_EXTRAS, probe_capabilities
 from qinglan.evals.capability_picture import draw_capabilities
 from qinglan.learn.pretrain import PretrainConfig, Probe, pretrain
-from qinglan.models.language_model import LanguageModel, load_language_model
+from qinglan.models.language_model import LanguageModel, completion_logprobs, load_language_model
 from qinglan.tasks import corpus, demonstrators
 from qinglan.tasks.assistant import TASKS, draw_prompts, grade, make_item, overall
 from qinglan.tasks.base_models import CONTEXT, base_tokenizer, build, resolve_model, ship, shipped_sizes, size_of
@@ -170,6 +172,16 @@ def evaluate(config: EvaluateCommand, options: Options) -> CommandResult:
         sizes[name] = sum(parameter.numel() for parameter in lm.model.parameters())
         measures = probe_capabilities(lm, probes, num_items=config.num_items, seed=options.seed)
         metrics |= {f"capability/{probe}/{name}": measure for probe, measure in measures.items()}
+        if not config.probes:
+            planted = bug_surprisal(
+                lm.tokenizer,
+                partial(completion_logprobs, lm),
+                planted_bugs(config.num_items, options.seed),
+                seed=options.seed,
+            )
+            bugs = {f"bug_surprisal_{key}": measure for key, measure in planted._asdict().items()}
+            metrics |= {f"capability/{key}/{name}": measure for key, measure in bugs.items()}
+            measures |= bugs
         lines += [f"{name} ({sizes[name]:,} parameters):", *_rows(measures)]
     if not config.probes and not has_chess:
         lines.append("Not measured: chess; its rules need the extra, install qinglan[chess].")

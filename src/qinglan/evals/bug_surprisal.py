@@ -4,15 +4,21 @@ If the most surprising line of a program gives a planted bug away, a catch rate 
 models write themselves: these numbers stand beside every catch rate.
 """
 
+import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from qinglan.core.rng import stream_seed
 from qinglan.core.run import Measure
 from qinglan.evals.metrics import mean_with_interval, roc_auc
 from qinglan.models.language_model import TokenSequence
+from qinglan.tasks.code_cases import draw_task
+from qinglan.tasks.code_documents import draw_program, task_text
+from qinglan.tasks.code_faults import tamper
+from qinglan.tasks.item import Draw
 
 Scorer = Callable[[Sequence[TokenSequence]], Sequence[Tensor]]
 """Log-probabilities of each sequence's completion tokens, in nats: `functools.partial(completion_logprobs, lm)`."""
@@ -77,3 +83,18 @@ def bug_surprisal(
         mean_with_interval(hits, seed=seed, unit="rate"),
         mean_with_interval([1 / len(lines) for _, lines in faulty], seed=seed, unit="rate"),
     )
+
+
+def planted_bugs(count: int, seed: int) -> list[Reviewed]:
+    """Return programs for held-out compositions, about half of them tampered with."""
+    draw = Draw(random.Random(stream_seed(seed, "planted bugs")), held_out=True)
+    programs = []
+    for _ in range(count):
+        task = draw_task(draw, num_cases=12)
+        text = draw_program(draw, task)
+        found = tamper(draw, text, task.cases) if draw.rng.random() < 0.5 else None
+        shown = (
+            Reviewed(task_text(task), found.program, found.fault.line) if found else Reviewed(task_text(task), text, 0)
+        )
+        programs.append(shown)
+    return programs

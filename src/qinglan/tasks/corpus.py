@@ -206,7 +206,7 @@ def mix_of(parts: Collection[str], induction: float | None = None) -> dict[str, 
     if induction is not None:
         rest = 1.0 - shares["induction"]
         shares = {part: share * (1.0 - induction) / rest for part, share in shares.items()} | {"induction": induction}
-    found = {}
+    found: dict[str, float] = {}
     for part, share in shares.items():
         within = sum(one for one, _ in PARTS[part][1].values())
         found |= {kind: share * one / within for kind, (one, _) in PARTS[part][1].items()}

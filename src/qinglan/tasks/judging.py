@@ -24,7 +24,7 @@ GOOD_ENOUGH, NOT_GOOD_ENOUGH = 0.75, 0.65
 
 def asked_facts(draw: Draw, count: int) -> list[world.Fact]:
     """Return facts about entities that may be asked about: held-out ones stay without a verdict in the corpus."""
-    found = []
+    found: list[world.Fact] = []
     while len(found) < count:
         fact = draw.rng.choice(world.facts())
         if world.held_out_phrase(fact) == draw.held_out:

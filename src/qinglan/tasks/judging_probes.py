@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from qinglan.tasks import lexicon as lx
-from qinglan.tasks import passages, world
+from qinglan.tasks import passages, questions, world
 from qinglan.tasks.assistant import grade, make_item, overall
 from qinglan.tasks.document import ASSISTANT, EOS
 from qinglan.tasks.item import Draw, Item
@@ -91,12 +91,14 @@ def judging_replies(draw: Draw) -> Choice:
 
 
 def judging_answers(draw: Draw) -> Choice:
-    """An answer to an open or closed test question, at the end of a thread: good or bad, at once; only facts differ."""
-    item = make_item(Draw(draw.rng, held_out=True), draw.rng.choice(("open_qa", "closed_qa")))
-    while "wrong" not in item.faulty:
-        item = make_item(Draw(draw.rng, held_out=True), draw.rng.choice(("open_qa", "closed_qa")))
+    """An answer to an open test question, at the end of a thread: good or bad, at once; only the fact differs."""
+    return _right_or_wrong(draw, questions.open_question(Draw(draw.rng, held_out=True)))
+
+
+def _right_or_wrong(draw: Draw, item: Item) -> Choice:
     is_good = draw.rng.random() < 0.5
-    reply = draw.rng.choice(item.good) if is_good else item.faulty["wrong"]
+    # The last good reply is the bare value, which no wrong reply is; the one before is a sentence as the wrong one is.
+    reply = item.good[-2] if is_good else item.faulty["wrong"]
     return Choice(f"{conversation_of(item)}{ASSISTANT}{reply}{EOS}", ("good.", "bad."), 0 if is_good else 1)
 
 
@@ -129,12 +131,11 @@ def judging_disputes(draw: Draw) -> Choice:
 
 
 def judging_passages(draw: Draw) -> Choice:
-    """Does a passage support a reply to a closed question? Good or bad, at the end of a thread."""
+    """Does a passage support a reply to a closed question? Good or bad, at the end of a thread; one value differs."""
     item = passages.closed_question(Draw(draw.rng, held_out=True))
-    fault = next(iter(item.faulty.values()))
-    is_good = draw.rng.random() < 0.5
-    reply = draw.rng.choice(item.good) if is_good else fault
-    return Choice(f"{conversation_of(item)}{ASSISTANT}{reply}{EOS}", ("good.", "bad."), 0 if is_good else 1)
+    while "wrong" not in item.faulty:
+        item = passages.closed_question(Draw(draw.rng, held_out=True))
+    return _right_or_wrong(draw, item)
 
 
 def critiquing(draw: Draw) -> Choice:
