@@ -6,7 +6,8 @@ import re
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from qinglan.tasks import corpus, tokenizer
+from qinglan.tasks import corpus
+from qinglan.tasks.base_models import base_tokenizer
 from qinglan.tasks.code import is_held_out
 from qinglan.tasks.code_cases import draw_task, failed_cases, load
 from qinglan.tasks.code_documents import (
@@ -33,15 +34,7 @@ def drawing(seed: object, held_out: bool = False) -> Draw:
 
 @pytest.fixture(scope="module")
 def trained() -> PreTrainedTokenizerBase:
-    """The family's own kind of tokenizer, trained on documents about code."""
-    kinds = list(CODE_MIX)
-
-    def make(rng: random.Random, kind: str | None = None) -> Document:
-        return CODE_MIX[kind or rng.choice(kinds)][1](Draw(rng, held_out=False))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "make_document", make)
-        return tokenizer.train_tokenizer(800, seed=0)
+    return base_tokenizer()
 
 
 def test_shares_add_up() -> None:
