@@ -97,8 +97,8 @@ def judging_answers(draw: Draw) -> Choice:
 
 def _right_or_wrong(draw: Draw, item: Item) -> Choice:
     is_good = draw.rng.random() < 0.5
-    # The last good reply is the bare value, which no wrong reply is; the one before is a sentence as the wrong one is.
-    reply = item.good[-2] if is_good else item.faulty["wrong"]
+    # The last good reply is the bare value, the one before a sentence: wrong replies are bare as often.
+    reply = item.good[-1 if draw.rng.random() < 0.4 else -2] if is_good else item.faulty["wrong"]
     return Choice(f"{conversation_of(item)}{ASSISTANT}{reply}{EOS}", ("good.", "bad."), 0 if is_good else 1)
 
 
