@@ -9,7 +9,7 @@ from qinglan.tasks.assistant import World, draw_prompts
 from qinglan.tasks.demonstrators import DemonstratorConfig, demonstrate, fault_of
 from qinglan.tasks.replies import RAMBLING, RUDE
 
-NUM_PROMPTS = 1200
+NUM_PROMPTS = 4000
 CAREFUL = DemonstratorConfig(
     invent_rate=0,
     comply_rate_plain=0,
