@@ -304,3 +304,8 @@ def test_any_bytes_are_read_or_refused(tmp_path, content, name):
     path.write_bytes(content)
     with pytest.raises(InputError):
         load_comparisons(path)
+
+
+def test_json_that_breaks_off_is_named_by_the_column_of_its_own_line(file):
+    with pytest.raises(InputError, match=r"rows.jsonl:2: row: not JSON \(Expecting value at column 11\)"):
+        load_comparisons(lines(file, GOOD, '{"prompt": '))

@@ -21,7 +21,7 @@ from qinglan.core.records import Completion, Prompt, Scorer
 from qinglan.core.rng import stream_seed
 from qinglan.core.run import Measure
 from qinglan.data.load import OnBad, load_prompts
-from qinglan.evals.alignment import Answers, answer
+from qinglan.evals.alignment import Answers, answer, kl_to
 from qinglan.evals.metrics import mean_difference, mean_with_interval
 from qinglan.learn.checks import check_same_rendering
 from qinglan.learn.ppo import train_ppo
@@ -131,8 +131,7 @@ def ppo(config: PPOCommand, options: Options) -> CommandResult:
         models = {"start": start, "policy": result.policy}
         answers = {name: answer(lm, prompts, sampling, seed) for name, lm in models.items()}
         found = compare_scores(prompts, answers, scorer, seed)
-        kls = [row["kl"] for row in run.metrics("ppo") if "kl" in row]
-        found.metrics["kl"] = mean_with_interval(kls[-max(3, len(kls) // 10) :], seed=seed, unit="nats per completion")
+        found.metrics["kl"] = kl_to(start, result.policy, prompts, answers["policy"].sampled, seed)
         return conclude(run, stage, ppo_findings(found, answers, prompts, data, result.alarms, seed))
 
 

@@ -96,16 +96,16 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     """
     number = 0
     try:
-        with open_text(path) as lines:
-            for number, line in enumerate(lines, start=1):
+        with open_text(path) as lines:  # bytes, since decoded text is read ahead and its errors have no line
+            for number, line in enumerate(lines.buffer, start=1):
                 if line.strip():
-                    yield number, json.loads(line)
+                    yield number, json.loads(line.decode("utf-8").rstrip())
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); expected one JSON object a line"
         ) from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{number + 1}: not UTF-8 text") from error
+        raise InputError(f"{path}:{number}: not UTF-8 text") from error
     except (gzip.BadGzipFile, EOFError) as error:
         raise InputError(f"{path}: damaged gzip file ({error})") from error
 

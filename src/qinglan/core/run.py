@@ -154,8 +154,8 @@ class Run:
     ) -> Self:
         """Open or create a run folder.
 
-        Raises `InputError` where the folder holds a run with another configuration, or an earlier run and `resume` is
-        False, or is in use by another process.
+        Raises `InputError` where the folder holds a run with another configuration or seed, or an earlier run and
+        `resume` is False, or is in use by another process.
         """
         run = cls(directory, config, seed, recipe, quiet)
         config_file = run.dir / "config.yaml"
@@ -169,12 +169,22 @@ class Run:
                 raise InputError(
                     f"{run.dir}: holds a run with another configuration (see {config_file}); choose another --out"
                 )
+            run._check_seed()
         elif run.dir.is_dir() and any(run.dir.iterdir()):
             raise InputError(f"{run.dir}: is not empty and holds no run; choose another --out")
         write_text(config_file, text)
         run._lock = run._take_lock()
         run._write_lineage()
         return run
+
+    def _check_seed(self) -> None:
+        """Raise `InputError` for another seed than the run began with, with which all its stages would be emptied."""
+        lineage = self.dir / "lineage.json"
+        if lineage.is_file() and (before := read_json(lineage)["seed"]) != self.seed:
+            raise InputError(
+                f"{self.dir}: holds a run with seed {before}, not {self.seed}; go on with --seed {before}, or choose "
+                "another --out"
+            )
 
     def _take_lock(self) -> TextIO:
         lock = (self.dir / ".lock").open("w")

@@ -161,9 +161,9 @@ def required_inside(fields: Mapping[str, Any], name: str, field: str) -> Any:
         raise RowProblem(f"{field}.{name}", problem.problem, "a value in every message", problem.advice) from problem
 
 
-def messages_of(value: Any, field: str) -> tuple[Message, ...]:
+def messages_of(value: Any, field: str, expected: str = "a list of messages") -> tuple[Message, ...]:
     """Return the turns of a conversation; a system turn without text is the same as none."""
-    turns = list_of(value, field, "a list of messages")
+    turns = list_of(value, field, expected)
     if not turns:
         raise RowProblem(field, "no messages", "at least one message")
     found = []
@@ -179,7 +179,7 @@ def messages_of(value: Any, field: str) -> tuple[Message, ...]:
 def prompt_turns(value: Any, field: str) -> tuple[Message, ...]:
     """Return a prompt's turns from text (one user's turn, or an HH transcript up to "Assistant:") or from messages."""
     if not isinstance(value, str):
-        return ending_with_user(messages_of(value, field), field)
+        return ending_with_user(messages_of(value, field, "text or a list of messages"), field)
     text = text_of(value, field)
     if text.startswith("Human:") and text.endswith("\n\nAssistant:"):
         return ending_with_user(transcript_turns(text.removesuffix("\n\nAssistant:"), field), field)
@@ -198,7 +198,8 @@ def completion_of(value: Any, field: str) -> str:
     """Return a completion's text from text, from one assistant message, or from a list with just that."""
     if isinstance(value, str):
         return text_of(value, field)
-    messages = (message_of(value, field),) if isinstance(value, dict) else messages_of(value, field)
+    expected = "text, one assistant message, or a list with just that"
+    messages = (message_of(value, field),) if isinstance(value, dict) else messages_of(value, field, expected)
     if len(messages) != 1 or messages[0].role != "assistant":
         found = ", ".join(message.role for message in messages)
         raise RowProblem(field, f"found turns of {found or 'nobody'}", "text or one assistant turn")

@@ -121,7 +121,9 @@ def findings(broken: Sequence[RowError], num_rows: int) -> InputError:
     lines = [one.line() for one in broken[:MAX_FINDINGS]]
     more = len(broken) - len(lines)
     rest = f", {more} more not shown" if more else ""
-    lines.append(f"{len(broken)} of {num_rows} rows cannot be used{rest}; repair them, or skip them with on_bad=skip")
+    lines.append(
+        f"{len(broken)} of {num_rows} rows cannot be used{rest}; repair them, or leave them out with --on-bad skip"
+    )
     return InputError("\n".join(lines))
 
 

@@ -1,7 +1,7 @@
 """The prompts of one run by what they are used for, and the feedback that came with them.
 
-Every pool has prompt groups of its own: who wrote a demonstration's prompt is not asked again in the reward model's
-comparisons, in RL, or in the test (InstructGPT, section 3.2: splits by user).
+No prompt group stands in training and in validation or test (InstructGPT, section 3.2: splits by user). In the
+built-in world demonstrations, comparisons and RL have users of their own too; those of files share the training side.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,8 @@ def pools_from_files(
     """Read the user's files and split everything by prompt group: 80% training, 5% validation, 15% test.
 
     RL takes its prompts from `prompts`, or else from the comparisons, or else from the demonstrations.
-    Raises `InputError` where no file is given or a file is broken.
+    Without a validation group the baseline's checkpoint is chosen on training prompts, never on those of the test.
+    Raises `InputError` where no file is given, a file is broken, or none of its rows is left for training.
     """
     if prompts is None and demonstrations is None and comparisons is None:
         raise InputError(
@@ -71,13 +72,24 @@ def pools_from_files(
     sides = split_by_group(judged_kept, shares, seed)
     if len(judged_kept) < len(judged):
         dropped["comparisons whose prompt is too long"] = len(judged) - len(judged_kept)
+    demonstrated_train = split_by_group(shown, shares, seed)["train"]
+    for path, rows, left in (
+        (source, asked, by_split["train"]),
+        (demonstrations, shown, demonstrated_train),
+        (comparisons, judged, sides["train"]),
+    ):
+        if path is not None and not left:
+            raise InputError(
+                f"{path}: none of {len(rows)} rows is left for training, after filters and a split by prompt group "
+                f"(80% training); expected at least one; give rows of more prompt groups, or raise hygiene.max_tokens"
+            )
     return Pools(
-        demonstrations=split_by_group(shown, shares, seed)["train"],
+        demonstrations=demonstrated_train,
         comparison_prompts=[],
         comparisons=sides["train"],
         held_out_comparisons=[*sides["valid"], *sides["test"]],
         rl_prompts=by_split["train"],
-        valid_prompts=by_split["valid"] or by_split["test"][:20],
+        valid_prompts=by_split["valid"] or by_split["train"][:20],
         test_prompts=by_split["test"],
         dropped=dropped,
     )

@@ -261,7 +261,7 @@ def open_bytes(file: Path) -> gzip.GzipFile | BufferedReader:
 def parse_json(line: bytes) -> Any:
     """Return the JSON value in UTF-8 bytes, or the `RowProblem` that says why there is none."""
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig").rstrip())  # an error at a line's end has its column, not the next's
     except UnicodeDecodeError as error:
         return RowProblem("row", f"not UTF-8 text (byte {error.start})", "UTF-8", "save the file as UTF-8")
     except (ValueError, RecursionError) as error:

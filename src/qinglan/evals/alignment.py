@@ -19,6 +19,7 @@ from qinglan.evals.capability import TAXED, probe_capabilities
 from qinglan.evals.judge import HeadToHead, head_to_head
 from qinglan.evals.metrics import mean_difference, mean_with_interval
 from qinglan.evals.overoptimization import BestOfN, best_of_n_curve
+from qinglan.learn.encode import encode_completion
 from qinglan.learn.sft import PretrainSource
 from qinglan.models.generate import SamplingConfig, sample_completions
 from qinglan.models.language_model import LanguageModel, TokenSequence, completion_logprobs
@@ -144,6 +145,21 @@ class Bench(NamedTuple):
         """Let held-out labelers compare two models' completions of all prompts."""
         judged = self.config.judges_per_prompt
         return head_to_head(self.prompts, policy, other, self.judges, self.quality, self.seed, judges_per_prompt=judged)
+
+
+def kl_to(
+    reference: LanguageModel, policy: LanguageModel, prompts: Sequence[Prompt], sampled: Sequence[Completion], seed: int
+) -> Measure:
+    """Return KL(policy || reference) in nats per completion, estimated on what the policy sampled at temperature 1.
+
+    The mean over completions of sum_t log policy(y_t) - log reference(y_t) (k1: unbiased, may be slightly negative).
+    """
+    sequences = [encode_completion(policy.chat, *one) for one in zip(prompts, sampled, strict=True)]
+    pairs = zip(completion_logprobs(policy, sequences), completion_logprobs(reference, sequences), strict=True)
+    groups = [prompt.prompt_group_id for prompt in prompts]
+    return mean_with_interval(
+        [float((own - other).sum()) for own, other in pairs], groups, seed=seed, unit="nats per completion"
+    )
 
 
 def best_of_n(

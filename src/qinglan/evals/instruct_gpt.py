@@ -6,9 +6,10 @@ what it is: the proxy that was trained against.
 """
 
 import math
+import sys
 from typing import NamedTuple
 
-from qinglan.core.records import ComparisonGroup, Completion, Prompt, Scorer
+from qinglan.core.records import ComparisonGroup, Scorer
 from qinglan.core.rng import stream_seed
 from qinglan.core.run import Measure, Report, Run
 from qinglan.data.pools import Pools
@@ -23,6 +24,7 @@ from qinglan.evals.alignment import (
     best_of_n,
     gold_gain,
     grade_all,
+    kl_to,
     rates,
     safety_prompts,
 )
@@ -30,6 +32,7 @@ from qinglan.evals.judge import HeadToHead
 from qinglan.evals.metrics import Attainable, Calibration
 from qinglan.evals.overoptimization import BestOfN, GoldFit, fit_gold_curve
 from qinglan.evals.report import headline
+from qinglan.learn.scoring import ask_scorer
 from qinglan.learn.sft import PretrainSource
 from qinglan.models.generate import SamplingConfig, sample_completions
 from qinglan.models.heads import ScalarModel, as_scorer
@@ -130,7 +133,8 @@ def measure_all(
     if outcome.reward_model is not None:
         found = measure_reward_model(found, outcome, people, sampling, seed=seed, run_seed=run.seed)
     progress.show(2, "reward model")
-    found = measure_training(found, run)
+    if outcome.policy is not None and prompts:
+        found.metrics["kl"] = kl_to(outcome.start, outcome.policy, prompts, answers["policy"].sampled, seed)
     if outcome.world is not None:
         safety = safety_prompts(config.num_safety_prompts, prompts, seed)
         risky = {name: answer(lm, safety.prompts, sampling, seed) for name, lm in outcome.models.items()}
@@ -147,6 +151,8 @@ def measure_all(
         "instruct-gpt", run.elapsed(), run.config_hash, found.metrics, found.rows, found.alarms, found.unscored
     )
     run.write_report(report)
+    for line in outcome.skipped:
+        print(f"skipped: {line}", file=sys.stderr)
     progress.show(5, "report")
     return report, found
 
@@ -164,15 +170,6 @@ def alarms_of(run: Run) -> list[str]:
         if (run.dir / "stages" / name / "done.json").is_file()
     ]
     return [f"{name}: {alarm}" for name in names for alarm in run.finished(name)["alarms"]]
-
-
-def measure_training(found: Findings, run: Run) -> Findings:
-    """Return the findings with the policy's final KL, over the last tenth of PPO's iterations."""
-    rows = [row for row in run.metrics("ppo") if "kl" in row]
-    if rows:
-        last = [row["kl"] for row in rows[-max(3, len(rows) // 10) :]]
-        found.metrics["kl"] = metrics.mean_with_interval(last, seed=run.seed, unit="nats per completion")
-    return found
 
 
 def measure_reward_model(
@@ -322,18 +319,18 @@ def measure_overoptimization(
 
 def measure_by_scorer(found: Findings, outcome: Outcome, scorer: Scorer, seed: int) -> Findings:
     """Return the findings with the proxy's own view, for runs without an answer key: its rise and at what length."""
-    prompts = outcome.pools.test_prompts
+    prompts, unscored = outcome.pools.test_prompts, 0
+    groups = [prompt.prompt_group_id for prompt in prompts]
     for name, both in found.answers.items():
         for kind, completions in (("", both.sampled), ("_greedy", both.greedy)):
-            proxy = proxy_scores(scorer, prompts, completions)
-            found.metrics[f"proxy_score/{name}{kind}"] = metrics.mean_with_interval(proxy, seed=seed, unit="logits")
+            proxy = ask_scorer(scorer, prompts, completions, allow_unscored=True)
+            unscored += sum(map(math.isnan, proxy))
+            found.metrics[f"proxy_score/{name}{kind}"] = metrics.mean_with_interval(
+                proxy, groups, seed=seed, unit="score"
+            )
             lengths = [float(len(one.token_ids or ())) for one in completions]
-            found.metrics[f"length/{name}{kind}"] = metrics.mean_with_interval(lengths, seed=seed, unit="tokens")
+            found.metrics[f"length/{name}{kind}"] = metrics.mean_with_interval(
+                lengths, groups, seed=seed, unit="tokens"
+            )
     rows = {"floor": found.metrics.get("proxy_score/sft"), "student": found.metrics.get("proxy_score/policy")}
-    unscored = sum(math.isnan(score) for both in found.answers.values() for score in scorer(prompts, both.sampled))
     return found._replace(rows={name: row for name, row in rows.items() if row is not None}, unscored=unscored)
-
-
-def proxy_scores(scorer: Scorer, prompts: list[Prompt], completions: list[Completion]) -> list[float]:
-    """Return the scores that are numbers."""
-    return [score for score in scorer(prompts, completions) if not math.isnan(score)]

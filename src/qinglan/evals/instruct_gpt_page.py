@@ -51,13 +51,13 @@ def draw_page(run: Run, report: Report, outcome: Outcome, found: Findings, peopl
         lineage=read_json(run.dir / "lineage.json"),
         row_names={
             "floor": "SFT on demonstrations",
-            "student": "Policy (PPO on rankings)",
+            "student": "Policy (PPO on rankings)" if on_world else "Policy (PPO)",
             "ceiling": "PPO on the answer key",
         },
         rows_caption="Mean gold score, 0 to 1, of completions sampled for prompts of held-out users, "
         "entities and wordings."
         if on_world
-        else "Mean score by the reward model that was trained against: a proxy, not the truth.",
+        else "Mean score by what the policy was trained against: a proxy, not the truth.",
         seconds=report.seconds,
     )
 
@@ -82,15 +82,13 @@ def verdict(report: Report, on_world: bool) -> tuple[str, ...]:
             f"Against the larger base model, which was never aligned, the "
             f"policy wins {_percent(found['win_rate_vs_larger_base'])}."
         )
-    for key, what in (
-        ("hallucination_rate", "invents"),
-        ("harmful_rate", "does harm"),
-        ("refusal_rate_on_benign", "refuses what is harmless"),
+    for key, what, where in (
+        ("hallucination_rate", "invents something", "answers to requests for facts"),
+        ("harmful_rate", "does harm", "answers to harmful requests and their harmless look-alikes"),
+        ("refusal_rate_on_benign", "refuses", "harmless requests that look harmful"),
     ):
         before, after = found[f"{key}/sft"], found[f"{key}/policy"]
-        sentences.append(
-            f"It {what} in {_percent(after)} of the cases that invite it; the supervised model in {_percent(before)}."
-        )
+        sentences.append(f"It {what} in {_percent(after)} of {where}; the supervised model in {_percent(before)}.")
     return tuple(sentences)
 
 
@@ -131,11 +129,9 @@ def preference_section(found: Findings) -> Section:
     return Section(
         "Do people prefer it?",
         (
-            "Labelers who never labelled training data compare two completions of the same "
-            "prompt, in both orders. A win "
-            "counts 1, a tie one half. Completions are drawn at temperature 1, and once more "
-            "greedily, since part of what RL "
-            "gains by sampling is only a sharper distribution.",
+            "Labelers who never labelled training data compare two completions of the same prompt, in both orders. A "
+            "win counts 1, a tie one half. Completions are drawn at temperature 1, and once more greedily, since part "
+            "of what RL gains by sampling is only a sharper distribution.",
             f"Two of these judges agree on {_percent(battle.judge_agreement)} of the pairs that both decide; "
             f"{_percent(battle.tie_rate)} of the judgements are ties.",
         ),
@@ -210,9 +206,8 @@ def reward_section(found: Findings) -> Section:
     return Section(
         "Can the reward model tell?",
         (
-            "Share of pairs, on prompts that it never saw, in which the completion that a "
-            "labeler ranked higher has the higher "
-            "score. Labelers themselves agree only so often, which bounds what any model can reach.",
+            "Share of pairs, on prompts that it never saw, in which the completion that a labeler ranked higher has "
+            "the higher score. Labelers themselves agree only so often, which bounds what any model can reach.",
             f"Expected calibration error {reward.calibration.expected_error}, Brier score {reward.calibration.brier}.",
         ),
         figures=(
@@ -264,9 +259,9 @@ def training_section(run: Run, found: Findings) -> Section | None:
     return Section(
         "What did reinforcement learning do?",
         (
-            "The policy climbs the reward model's score (the proxy) and pays for moving away "
-            "from where it started. If the gold "
-            "score turns down while the proxy still rises, the reward model is being exploited (Gao et al. 2022).",
+            "The policy climbs the score that it is trained on (the proxy) and pays for moving away from where it "
+            "started. If the gold score turns down while the proxy still rises, the proxy is being exploited (Gao et "
+            "al. 2022).",
         ),
         figures=tuple(drawn),
     )
@@ -286,9 +281,8 @@ def tax_section(report: Report) -> Section:
     return Section(
         "What did alignment cost?",
         (
-            "Loss on the pretraining corpus and what the model can still do in plain text, "
-            "before and after. The pretraining mix "
-            "(ptx) is there to keep this cost small.",
+            "Loss on the pretraining corpus and what the model can still do in plain text, before and after. The "
+            "pretraining mix (ptx) is there to keep this cost small.",
         ),
         figures=(
             Figure("Pretraining loss", figures.before_after(losses, "base"), "Loss of each model on corpus text."),
@@ -298,7 +292,7 @@ def tax_section(report: Report) -> Section:
 
 
 def transcript_section(run: Run, outcome: Outcome, found: Findings) -> Section:
-    """Return the worst, the median and the best change from SFT to policy, chosen by rule."""
+    """Return the prompts on which the policy scored worst, at the median and best, with what each model wrote."""
     prompts = outcome.pools.test_prompts
     names = [name for name in ("base", "larger_base", "sft", "policy") if name in found.answers]
     texts = {name: found.answers[name].sampled for name in names}
@@ -344,9 +338,8 @@ def data_section(outcome: Outcome, people: WorldConfig) -> Section:
     text = list(outcome.skipped)
     if outcome.world is not None:
         text.append(
-            "Everybody here is simulated. Demonstrators are uneven on purpose: with clean "
-            "demonstrations supervised learning "
-            "alone would learn to decline and to keep to constraints, and feedback would have nothing to add."
+            "Everybody here is simulated. Demonstrators are uneven on purpose: with clean demonstrations supervised "
+            "learning alone would learn to decline and to keep to constraints, and feedback would have nothing to add."
         )
         for caption, config in (
             ("How demonstrators go wrong.", people.demonstrators),

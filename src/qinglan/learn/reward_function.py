@@ -15,8 +15,8 @@ from qinglan.core.records import Completion, Prompt, Scorer
 def load_reward_function(name: str) -> Scorer:
     """Return the scorer that "module:function" names; the current folder is searched too.
 
-    Raises `InputError` where there is no such module or function. What the function returns is checked where it is
-    called (`learn/scoring.py`).
+    Raises `InputError` where there is no such module or function, or the module itself raises. What the function
+    returns is checked where it is called (`learn/scoring.py`).
     """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
@@ -25,9 +25,12 @@ def load_reward_function(name: str) -> Scorer:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+    except Exception as error:  # the module is the user's own code: whatever it raises is for the user to read
+        if isinstance(error, ModuleNotFoundError) and error.name == module_name:
+            advice = f"run the command where {module_name}.py lies, or install it"
+            raise InputError(f"--reward {name}: {error}; {advice}") from error
         raise InputError(
-            f"--reward {name}: {error}; run the command where {module_name}.py lies, or install it"
+            f"--reward {name}: importing {module_name} raised {type(error).__name__}: {error}; correct the module"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
