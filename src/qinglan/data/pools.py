@@ -73,16 +73,9 @@ def pools_from_files(
     if len(judged_kept) < len(judged):
         dropped["comparisons whose prompt is too long"] = len(judged) - len(judged_kept)
     demonstrated_train = split_by_group(shown, shares, seed)["train"]
-    for path, rows, left in (
-        (source, asked, by_split["train"]),
-        (demonstrations, shown, demonstrated_train),
-        (comparisons, judged, sides["train"]),
-    ):
-        if path is not None and not left:
-            raise InputError(
-                f"{path}: none of {len(rows)} rows is left for training, after filters and a split by prompt group "
-                f"(80% training); expected at least one; give rows of more prompt groups, or raise hygiene.max_tokens"
-            )
+    check_something_left(source, len(asked), len(by_split["train"]))
+    check_something_left(demonstrations, len(shown), len(demonstrated_train))
+    check_something_left(comparisons, len(judged), len(sides["train"]))
     return Pools(
         demonstrations=demonstrated_train,
         comparison_prompts=[],
@@ -93,3 +86,12 @@ def pools_from_files(
         test_prompts=by_split["test"],
         dropped=dropped,
     )
+
+
+def check_something_left(path: Path | None, num_given: int, num_left: int) -> None:
+    """Raise `InputError` where a file is given, but none of its rows stands on the training side."""
+    if path is not None and num_left == 0:
+        raise InputError(
+            f"{path}: none of {num_given} rows is left for training, after filters and a split by prompt group (80% "
+            "training); expected at least one; give rows of more prompt groups, or raise hygiene.max_tokens"
+        )

@@ -10,6 +10,8 @@ from qinglan.evals.instruct_gpt import Findings
 from qinglan.evals.overoptimization import GoldFit
 from qinglan.evals.report import Figure
 
+SCALED = "Gains since the start; the proxy's are scaled to the height of gold's, whose unit the axis has."
+
 
 def _plain(value: float, n: int) -> Measure:
     return Measure(value, None, None, n)
@@ -29,7 +31,7 @@ def rl_figure(rows: Sequence[dict[str, float]], fit: GoldFit | None) -> Figure:
         "PPO: proxy and gold against distance",
         figures.overoptimization(curves),
         "Gains in proxy (scaled to the height of gold) and gold score against the square root of KL.",
-        _coefficients(fit),
+        f"{SCALED} {_coefficients(fit)}",
     )
 
 
@@ -38,7 +40,7 @@ def best_of_n_figure(found: Findings) -> Figure:
     assert found.best_of_n is not None
     points = found.best_of_n.points
     distances = [math.sqrt(point.kl) for point in points]
-    first, scale = points[0], 1.0
+    first = points[0]
     rises = [
         ((point.proxy.value or 0) - (first.proxy.value or 0), (point.gold.value or 0) - (first.gold.value or 0))
         for point in points
@@ -53,8 +55,8 @@ def best_of_n_figure(found: Findings) -> Figure:
     return Figure(
         "Best of n by the reward model",
         figures.overoptimization(curves),
-        "Gains of best of n over one sample, for n up to the number drawn.",
-        _coefficients(fit),
+        "Gains of best of n over one sample, for n up to the number drawn, in proxy (scaled) and gold score.",
+        f"{SCALED} {_coefficients(fit)}",
     )
 
 
