@@ -27,7 +27,7 @@ def test_probes_by_name_with_a_picture(run, tmp_path):
         (["evaluate", "--probes", "copyign"], "no probe copyign; did you mean 'copying'?"),
         (
             ["evaluate", "--models", "nanno"],
-            "or one of nano, micro, mini; did you mean 'nano'",
+            "or one of nano, micro, mini, small, base; did you mean 'nano'",
         ),
         (["evaluate", "--models", "nano", "--picture", "a.pdf"], "name a .png or .svg"),
         (["pretrain", "--sizes", "nanno"], "size nanno: no such base model"),

@@ -55,11 +55,13 @@ def trained(tmp_path: Path, nano: LanguageModel) -> Path:
 # ------------------------------------------------------------------------------------------------------------ fresh
 
 
-def test_sizes_are_about_a_quarter_of_a_million_six_hundred_thousand_and_two_million():
+def test_sizes_grow_about_threefold_from_a_quarter_of_a_million_to_eighteen_million():
     counts = {size: build(size, base_tokenizer(), seed=0).model.num_parameters() for size in SIZES}
     assert 0.2e6 < counts["nano"] < 0.3e6
     assert 0.5e6 < counts["micro"] < 0.7e6
     assert 1.9e6 < counts["mini"] < 2.4e6
+    assert 5.5e6 < counts["small"] < 6.5e6
+    assert 17e6 < counts["base"] < 19e6
 
 
 def test_a_fresh_model_predicts_almost_uniformly_and_its_blocks_are_the_identity(nano: LanguageModel):
@@ -152,6 +154,19 @@ def test_an_unfinished_run_or_another_shape_is_not_shipped(tmp_path: Path, train
     assert shipped_sizes(tmp_path) == []
 
 
+def test_large_weights_are_shipped_in_several_files_all_of_them_hashed(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(base_models, "SHIPPED_FILE_SIZE", "200KB")  # nano has 540 kB in bfloat16
+    directory = ship(trained, "nano", weights_dir=tmp_path / "weights")
+    parts = sorted(file.name for file in directory.glob("*.safetensors"))
+    assert len(parts) >= 3
+    assert {*parts, "model.safetensors.index.json"} < set(model_card("nano", tmp_path / "weights")["sha256"])
+    (directory / parts[1]).write_bytes(b"damaged")
+    with pytest.raises(InputError, match=f"{parts[1]}: is not the file that was shipped"):
+        base_model_path("nano", tmp_path / "weights")
+
+
 # -------------------------------------------------------------------------------------------------------------- names
 
 
@@ -160,7 +175,8 @@ def test_a_model_is_a_size_or_a_directory(tmp_path: Path):
     with pytest.raises(InputError, match=r"model mikro: no such directory.*did you mean 'micro'\?"):
         resolve_model("mikro")
     with pytest.raises(
-        InputError, match=r"size minni: no such base model; expected one of nano, micro, mini; did you mean"
+        InputError,
+        match=r"size minni: no such base model; expected one of nano, micro, mini, small, base; did you mean",
     ):
         build("minni", base_tokenizer(), seed=0)
 

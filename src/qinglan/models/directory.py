@@ -16,6 +16,9 @@ from transformers.utils import logging as transformers_logging
 from qinglan.core.device import Device
 from qinglan.core.errors import InputError
 
+MAX_FILE_SIZE = "50GB"
+"""Weights beyond this are split into several files, as transformers does by default."""
+
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model directory. Raises `InputError` where the directory or the tokenizer is absent."""
@@ -90,12 +93,14 @@ def turn_off_dropout(config: Any) -> None:
             setattr(text_config, key, 0.0)
 
 
-def save_weights(model: PreTrainedModel, directory: Path, *, pad_token_id: int | None) -> None:
+def save_weights(
+    model: PreTrainedModel, directory: Path, *, pad_token_id: int | None, max_file_size: str = MAX_FILE_SIZE
+) -> None:
     """Write configuration and safetensors; other tools read the padding token from the configuration."""
     config = model.config.get_text_config()
     config.pad_token_id = pad_token_id
     try:
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, max_shard_size=max_file_size)
     finally:
         config.pad_token_id = None
 

@@ -29,7 +29,7 @@ from qinglan.core.errors import InputError
 from qinglan.models import adapters
 from qinglan.models.adapters import LoRAConfig, adapter_of, load_model, save_adapter, trainable_copy
 from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
-from qinglan.models.directory import load_tokenizer, save_weights, write_model_directory
+from qinglan.models.directory import MAX_FILE_SIZE, load_tokenizer, save_weights, write_model_directory
 from qinglan.models.tokens import SequenceRow, TokenBatch, TokenSequence, collate, padded_batches
 
 __all__ = [
@@ -108,10 +108,11 @@ def load_language_model(
     return LanguageModel(model, tokenizer, chat, device, str(path))
 
 
-def save_language_model(lm: LanguageModel, directory: Path) -> None:
+def save_language_model(lm: LanguageModel, directory: Path, *, max_file_size: str = MAX_FILE_SIZE) -> None:
     """Write an ordinary Hugging Face directory, or PEFT directory where the model has an adapter.
 
-    An earlier one of that name is replaced only when this one is whole.
+    An earlier one of that name is replaced only when this one is whole. Weights are split into files of at most
+    `max_file_size`, as "16MB".
     """
 
     def write(part: Path) -> None:
@@ -121,7 +122,7 @@ def save_language_model(lm: LanguageModel, directory: Path) -> None:
             return
         generation = GenerationConfig(eos_token_id=sorted(lm.chat.end_ids), pad_token_id=lm.chat.pad_id)
         lm.model.generation_config = generation
-        save_weights(lm.model, part, pad_token_id=lm.chat.pad_id)
+        save_weights(lm.model, part, pad_token_id=lm.chat.pad_id, max_file_size=max_file_size)
 
     write_model_directory(directory, write)
     if adapter_of(lm.model) is None:

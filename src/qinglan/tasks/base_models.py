@@ -33,7 +33,10 @@ ABOUT = (
     "Base model of Qinglan's built-in world, a small invented world in plain English. It continues documents; it knows "
     "nothing of the real world and is of no use outside this tool's demonstrations and tests."
 )
-HASHED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+HASHED_FILES = ("config.json", "model*.safetensors*", "tokenizer.json", "tokenizer_config.json")
+"""Patterns of the files whose hashes stand in a card."""
+SHIPPED_FILE_SIZE = "16MB"
+"""Weights of larger models are shipped in several files."""
 
 
 class Size(NamedTuple):
@@ -50,8 +53,10 @@ SIZES: dict[str, Size] = {
     "nano": Size(num_layers=3, hidden=64, mlp=128, num_heads=4, head_dim=16),
     "micro": Size(num_layers=4, hidden=96, mlp=256, num_heads=4, head_dim=24),
     "mini": Size(num_layers=6, hidden=160, mlp=432, num_heads=5, head_dim=32),
+    "small": Size(num_layers=7, hidden=256, mlp=688, num_heads=8, head_dim=32),
+    "base": Size(num_layers=10, hidden=384, mlp=1024, num_heads=12, head_dim=32),
 }
-"""About 0.27, 0.66 and 2.2 million parameters with a vocabulary of 2,304."""
+"""About 0.27, 0.66, 2.2, 6.1 and 18.6 million parameters with a vocabulary of 2,304; the last two are for a GPU."""
 
 
 # ------------------------------------------------------------------------------------------------------------ fresh
@@ -213,7 +218,8 @@ def ship(
     directory = weights_dir / size
     # The card goes last: without it a directory does not count as shipped.
     (directory / CARD).unlink(missing_ok=True)
-    save_language_model(lm._replace(model=lm.model.bfloat16()), directory)
+    save_language_model(lm._replace(model=lm.model.bfloat16()), directory, max_file_size=SHIPPED_FILE_SIZE)
+    hashed = sorted(file.name for pattern in HASHED_FILES for file in directory.glob(pattern))
     card = {
         "name": f"qinglan-{size}",
         "about": ABOUT,
@@ -230,7 +236,7 @@ def ship(
         "probes": summary["probes"] if probes is None else probes,
         "config": summary["config"],
         "license": "Apache-2.0",
-        "sha256": {name: sha256_of(directory / name) for name in HASHED_FILES},
+        "sha256": {name: sha256_of(directory / name) for name in hashed},
     }
     write_json(directory / CARD, card)
     return directory
