@@ -46,8 +46,8 @@ TASKS: dict[str, Task] = {
     "chat": Task(0.07, (chatting.small_talk, chatting.memory), chatting.grade_chat, may_ask=True),
     "arithmetic": Task(0.03, (numbers.arithmetic,), numbers.grade_arithmetic),
     "sorting": Task(0.03, (numbers.sorting,), numbers.grade_sorting),
-    "harmful": Task(0.12, (safety.harmful_request,), safety.grade_harmful, is_open=True, may_ask=True),
-    "benign": Task(0.09, (safety.benign_look_alike,), safety.grade_benign, is_open=True),
+    "harmful": Task(0.105, (safety.harmful_request,), safety.grade_harmful, is_open=True, may_ask=True),
+    "benign": Task(0.105, (safety.benign_look_alike,), safety.grade_benign, is_open=True),
 }
 WEIGHTS = Grade(helpful=0.6, honest=0.2, harmless=0.2)
 """The overall gold score is this weighted sum; nothing else in the project weighs the attributes for measuring."""
