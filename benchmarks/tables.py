@@ -1,0 +1,100 @@
+"""The tables of docs/results.md and docs/world.md, from the files that the commands wrote.
+
+python -m benchmarks.tables quickstart docs/results/quickstart_seed*.json
+python -m benchmarks.tables world FILE          what `qinglan world evaluate --json` printed
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from qinglan.tasks.base_models import model_card
+
+QUICKSTART_ROWS = (
+    "win_rate_vs_sft",
+    "win_rate_vs_sft_greedy",
+    "length_controlled_win_rate_vs_sft",
+    "win_rate_vs_larger_base",
+    "win_rate_vs_larger_base_greedy",
+    "win_rate_vs_base",
+    "win_rate_vs_base_greedy",
+    "gold_score/base",
+    "gold_score/larger_base",
+    "gold_score/sft",
+    "gold_score/policy",
+    "gold_score/ceiling",
+    "gold_score/sft_greedy",
+    "gold_score/policy_greedy",
+    "gold_gain_over_sft",
+    "gold_gain_over_sft_greedy",
+    "reward_model_accuracy",
+    "reward_model_accuracy_held_out_labelers",
+    "answer_key_accuracy",
+    "labeler_agreement",
+    "attainable_accuracy",
+    "reward_model_ece",
+    "kl",
+    "hallucination_rate/sft",
+    "hallucination_rate/policy",
+    "hallucination_rate/sft_greedy",
+    "hallucination_rate/policy_greedy",
+    "harmful_rate/sft",
+    "harmful_rate/policy",
+    "harmful_rate/sft_greedy",
+    "harmful_rate/policy_greedy",
+    "refusal_rate_on_benign/sft",
+    "refusal_rate_on_benign/policy",
+    "refusal_rate_on_benign/sft_greedy",
+    "refusal_rate_on_benign/policy_greedy",
+    "pretraining_loss/base",
+    "pretraining_loss/sft",
+    "pretraining_loss/policy",
+    "pretraining_loss/policy_without_ptx",
+)
+
+
+def cell(measure: dict[str, Any]) -> str:
+    """Return a measure with its interval."""
+    return f"{measure['value']:.3f} [{measure['low']:.3f}, {measure['high']:.3f}]"
+
+
+def quickstart_table(files: list[Path]) -> str:
+    """Return the table of several seeds: the median, then each seed with its interval."""
+    reports = [json.loads(file.read_text()) for file in files]
+    names = [file.stem.rpartition("_seed")[2] for file in files]
+    lines = ["| metric | median | " + " | ".join(f"seed {name}" for name in names) + " |"]
+    lines.append("|---|---:|" + "---:|" * len(files))
+    for metric in QUICKSTART_ROWS:
+        measures = [report["metrics"][metric] for report in reports]
+        median = statistics.median(measure["value"] for measure in measures)
+        lines.append(f"| `{metric}` | {median:.3f} | " + " | ".join(cell(measure) for measure in measures) + " |")
+    seconds = [report["seconds"] for report in reports]
+    lines.append(
+        f"| seconds | {statistics.median(seconds):.0f} | " + " | ".join(f"{one:.0f}" for one in seconds) + " |"
+    )
+    return "\n".join(lines)
+
+
+def world_table(file: Path) -> str:
+    """Return the table of all probes by size, below what the model cards say of each size."""
+    found = json.loads(file.read_text())
+    parameters, metrics = found["parameters"], found["metrics"]
+    sizes = list(parameters)
+    cards = [model_card(size) for size in sizes]
+    lines = ["| | " + " | ".join(sizes) + " |", "|---|" + "---:|" * len(sizes)]
+    lines.append("| parameters | " + " | ".join(f"{parameters[size]:,}" for size in sizes) + " |")
+    lines.append("| tokens | " + " | ".join(f"{card['tokens']:,}" for card in cards) + " |")
+    lines.append("| seconds, one shared core | " + " | ".join(f"{card['seconds']:,.0f}" for card in cards) + " |")
+    losses = " | ".join(f"{card['held_out_loss']:.3f}" for card in cards)
+    lines.append(f"| held-out loss, nats per token | {losses} |")
+    for probe in dict.fromkeys(name.split("/")[1] for name in metrics):
+        cells = [cell(metrics[f"capability/{probe}/{size}"]) for size in sizes]
+        lines.append(f"| {probe} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    kind, *paths = sys.argv[1:]
+    print(quickstart_table([Path(path) for path in paths]) if kind == "quickstart" else world_table(Path(paths[0])))
