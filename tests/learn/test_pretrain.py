@@ -115,7 +115,7 @@ def test_tokens_are_rounded_up_to_whole_updates():
 def test_muon_takes_hidden_matrices_and_adamw_all_the_rest(kind: str):
     lm = make_lm(kind)
     names = {id(parameter): name for name, parameter in lm.model.named_parameters()}
-    optimizers = make_optimizers(lm.model, TINY)
+    optimizers = make_optimizers(lm, TINY)
     assert optimizers.muon is not None
     by_muon = {names[id(p)] for group in optimizers.muon.param_groups for p in group["params"]}
     by_adamw = {names[id(p)] for group in optimizers.adamw.param_groups for p in group["params"]}

@@ -184,13 +184,13 @@ PLAIN_MIX: dict[str, tuple[float, Callable[[Draw], Document]]] = {
 """Facts, stories, exercises and conversations, with their shares among them."""
 
 PARTS: dict[str, tuple[float, dict[str, tuple[float, Callable[[Draw], Document]]]]] = {
-    "plain": (0.43, PLAIN_MIX),
-    "induction": (0.15, INDUCTION_MIX),
-    "judging": (0.31, JUDGING_MIX),
-    "code": (0.09, CODE_MIX),
-    "chess": (0.02, CHESS_MIX),
+    "plain": (0.38, PLAIN_MIX),
+    "induction": (0.13, INDUCTION_MIX),
+    "judging": (0.29, JUDGING_MIX),
+    "code": (0.17, CODE_MIX),
+    "chess": (0.03, CHESS_MIX),
 }
-"""The parts of the corpus, with their shares of documents."""
+"""The parts of the corpus, with their shares of documents; of tokens they are 25, 11, 24, 34 and 5%."""
 EARLY_INDUCTION = 0.5
 """Share of induction documents in the first blocks: nets that have learnt to read their own context learn the rest
 faster."""
@@ -217,8 +217,8 @@ MAKERS: dict[str, Callable[[Draw], Document]] = {
     kind: make for _, mix in PARTS.values() for kind, (_, make) in mix.items()
 }
 """Every kind of document."""
-FAMILY_PARTS = ("plain", "induction", "judging")
-"""The parts that the shipped base models have read; code and chess want more tokens than they got (`LOG.md`)."""
+FAMILY_PARTS = ("plain", "induction", "judging", "code")
+"""The parts that are read by default: all but chess, whose rules need an extra."""
 MIX = mix_of(tuple(PARTS))
 """Share of every kind of document in the whole corpus."""
 FAMILY_MIX = mix_of(FAMILY_PARTS)
