@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qinglan.models import attention
 from qinglan.models.language_model import token_logprobs
 
 ARCHITECTURES = frozenset({"gemma", "gpt2", "llama", "mistral", "qwen2", "qwen3"})
@@ -64,7 +65,7 @@ def can_share_prompt(model: PreTrainedModel) -> bool:
     has_window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     return (
         config.model_type in ARCHITECTURES
-        and config._attn_implementation == "sdpa"
+        and config._attn_implementation in ("sdpa", attention.NAME)
         and set(layer_types) == {"full_attention"}
         and not has_window
     )

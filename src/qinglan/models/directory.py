@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from qinglan.core.device import Device
 from qinglan.core.errors import InputError
+from qinglan.models.attention import choose_attention
 
 MAX_FILE_SIZE = "50GB"
 """Weights beyond this are split into several files, as transformers does by default."""
@@ -82,6 +83,7 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     trunk: Any = model.base_model
     for part in (model, trunk):  # the trunk of a loaded model may hold a configuration of its own
         part.config.get_text_config().pad_token_id = None
+    choose_attention(model)
     return model.eval()
 
 

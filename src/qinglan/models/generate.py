@@ -161,7 +161,7 @@ def _sampling_mode(lm: LanguageModel) -> Iterator[None]:
     was_training = lm.model.training
     lm.model.eval()
     try:
-        with torch.inference_mode(), lm.device.autocast():
+        with torch.no_grad(), lm.device.autocast():
             yield
     finally:
         lm.model.train(was_training)

@@ -72,7 +72,7 @@ def option_logprobs(
     # The longest go first, so that rows of similar length stand together; the options of a prompt stay together.
     items.sort(key=lambda item: (-len(prompts[item.prompt]), item.prompt))
     dtype = None if lm.device.compute_dtype == torch.float32 else lm.device.compute_dtype
-    with torch.inference_mode(), lm.device.autocast():
+    with torch.no_grad(), lm.device.autocast():
         facts = model_facts(lm.model, lm.name, dtype)
         longest = max(len(item.token_ids) for item in items)
         width = len(prompts[items[0].prompt]) + longest
