@@ -1,12 +1,13 @@
-"""Run benchmarks: `python -m benchmarks [JOB ...] [--setting llama mini] [--pairs N] [--no-tune | --only-tune]`."""
+"""Run benchmarks: `python -m benchmarks [JOB ...] [--setting llama mini] [--dtype float32 bfloat16] [--pairs N]`."""
 
 import argparse
 import importlib
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
-from benchmarks.harness import ROOT, compare, report, tune
+from benchmarks.harness import DTYPES, ROOT, case_of, compare, compare_with_defaults, report, tune
 from benchmarks.peers import python_of_this_environment, python_with_old_trl
 from benchmarks.workloads import SETTINGS, prepare
 
@@ -20,8 +21,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("jobs", nargs="*", metavar="JOB", help=f"of {', '.join(JOBS + ALONE)}; default: all")
     parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=SETTINGS)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="of both sides' matrix products")
+    parser.add_argument("--defaults", type=int, default=2, help="slices against the peer in its defaults; 0: none")
     parser.add_argument("--pairs", type=int, default=6, help="slices of each side, by turns")
-    modes = {"always": "try every setting", "missing": "those not tried", "only": "and stop there"}
+    modes = {
+        "always": "try every setting",
+        "missing": "those not tried",
+        "only": "and stop there",
+        "never": "take what was found before, for bf16 in fp32 if need be",
+    }
     parser.add_argument("--tune", choices=modes, default="always", help=str(modes))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="models, data and logs")
@@ -40,9 +48,22 @@ def main() -> None:
             if not (folder / "workload.json").is_file():
                 folder.mkdir(parents=True, exist_ok=True)
                 prepare(setting, folder)
-            tune(job, setting, folder, lambda side, job=job: python_of(job, side), again=chosen.tune == "always")
-            if chosen.tune != "only":
-                found[setting] = compare(job, setting, folder, chosen.pairs, lambda side, job=job: python_of(job, side))
+            for dtype in chosen.dtype:
+                case = (job, setting, dtype, folder)
+                if chosen.tune != "never":
+                    tune(*case, partial(python_of, job), again=chosen.tune == "always")
+                if chosen.tune == "only":
+                    continue
+                one = compare(*case, chosen.pairs, partial(python_of, job))
+                if (
+                    chosen.defaults
+                    and setting == "llama"
+                    and hasattr(importlib.import_module(f"benchmarks.{job}"), "PEER_DEFAULTS")
+                ):
+                    one["ratio_to_peer_defaults"] = compare_with_defaults(
+                        *case, chosen.defaults, partial(python_of, job)
+                    )
+                found[case_of(setting, dtype)] = one
         if found:
             report(job, found)
 

@@ -3,6 +3,9 @@
 A ratio above 1 means that ours does more units a second. It is the ratio of the medians over pairs of slices, one of
 each side right after the other, with a 95% bootstrap interval over pairs. Beside it stands the ratio by CPU time, which
 other work on the machine disturbs less. `memory_ratio` is ours / peer in peak memory: below 1 ours needs less.
+
+Both sides of a comparison have the same precision of matrix products, `dtype`. The peer is compared in the fastest
+settings that were found; where its own defaults are others, `ratio_to_peer_defaults` is measured beside.
 """
 
 import importlib
@@ -113,14 +116,30 @@ def ratio_of(ours: Sequence[float], peer: Sequence[float]) -> Ratio:
     return Ratio(float(np.median(first) / np.median(second)), float(low), float(high))
 
 
-def tune(job: str, setting: str, folder: Path, python_of: Callable[[str], str], *, again: bool) -> None:
+DTYPES = ("float32", "bfloat16")
+
+
+def case_of(setting: str, dtype: str) -> str:
+    """Return the name of a setting in a precision, as the results files have it: "llama", "llama-bfloat16"."""
+    return setting if dtype == "float32" else f"{setting}-{dtype}"
+
+
+def tuned_options(job: str, setting: str, dtype: str) -> dict[str, Any]:
+    """Return what `tune` found, in this precision or, where nothing was tried in it, in fp32."""
+    names = [case_of(setting, dtype), setting]
+    paths = [TUNING / f"{job}-{name}.json" for name in names if (TUNING / f"{job}-{name}.json").is_file()]
+    found: dict[str, Any] = json.loads(paths[0].read_text(encoding="utf-8"))
+    return found
+
+
+def tune(job: str, setting: str, dtype: str, folder: Path, python_of: Callable[[str], str], *, again: bool) -> None:
     """Try every candidate setting of both sides once; write the rates and the best of each side.
 
-    The best is the fastest in fp32 that computes the same as the other side ("differs" names what does not). Without
-    `again` what was tried before stays.
+    The best is the fastest that computes the same as the other side ("differs" names what does not). Without `again`
+    what was tried before stays.
     """
     module = importlib.import_module(f"benchmarks.{job}")
-    path = TUNING / f"{job}-{setting}.json"
+    path = TUNING / f"{job}-{case_of(setting, dtype)}.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if again is False and path.is_file() else {}
     found: dict[str, Any] = {"load_average": os.getloadavg(), "threads": int(os.environ["OMP_NUM_THREADS"])} | earlier
     for name, candidates in (("ours", module.OURS[setting]), ("peer", module.PEER[setting])):
@@ -131,7 +150,7 @@ def tune(job: str, setting: str, folder: Path, python_of: Callable[[str], str], 
         tried = found.get(name, {}).get("tried", [])
         for options in [one for one in candidates if one not in [done["options"] for done in tried]]:
             try:
-                side = Side(job, name, folder, options, python_of(name))
+                side = Side(job, name, folder, options | {"dtype": dtype}, python_of(name))
                 measured = side.run()
                 side.end()
                 rates = {"rate": measured.rate, "cpu_rate": measured.cpu_rate}
@@ -145,10 +164,13 @@ def tune(job: str, setting: str, folder: Path, python_of: Callable[[str], str], 
             write(path, found)
 
 
-def compare(job: str, setting: str, folder: Path, pairs: int, python_of: Callable[[str], str]) -> dict[str, Any]:
+def compare(
+    job: str, setting: str, dtype: str, folder: Path, pairs: int, python_of: Callable[[str], str]
+) -> dict[str, Any]:
     """Run both sides by turns with the best settings that `tune` found; return what is written about them."""
-    tuned = json.loads((TUNING / f"{job}-{setting}.json").read_text(encoding="utf-8"))
-    sides = {name: Side(job, name, folder, dict(tuned[name]["best"]), python_of(name)) for name in ("ours", "peer")}
+    tuned = tuned_options(job, setting, dtype)
+    chosen = {name: tuned[name]["best"] | {"dtype": dtype} for name in ("ours", "peer")}
+    sides = {name: Side(job, name, folder, chosen[name], python_of(name)) for name in ("ours", "peer")}
     for side in sides.values():  # warm-up
         side.run()
     slices: dict[str, list[Slice]] = {"ours": [], "peer": []}
@@ -166,34 +188,57 @@ def compare(job: str, setting: str, folder: Path, pairs: int, python_of: Callabl
         "cpu_ratio": cpu._asdict(),
         "memory_ratio": memory["ours"]["peak_mib"] / memory["peer"]["peak_mib"],
         "memory_ratio_above_start": above["ours"] / max(above["peer"], 1.0),
-        **{name: _summary(slices[name], memory[name], tuned[name]) for name in ("ours", "peer")},
+        **{name: _summary(slices[name], memory[name], chosen[name]) for name in ("ours", "peer")},
+        "settings": {"model": setting, "dtype": dtype, "threads": int(os.environ["OMP_NUM_THREADS"])},
         "load_average": loads,
-        "threads": int(os.environ["OMP_NUM_THREADS"]),
     }
 
 
-def _summary(slices: Sequence[Slice], memory: dict[str, float], tuned: dict[str, Any]) -> dict[str, Any]:
+def compare_with_defaults(
+    job: str, setting: str, dtype: str, folder: Path, pairs: int, python_of: Callable[[str], str]
+) -> dict[str, Any]:
+    """Run both sides by turns, the peer in its documented defaults; return what is written about that."""
+    module = importlib.import_module(f"benchmarks.{job}")
+    ours = tuned_options(job, setting, dtype)["ours"]["best"] | {"dtype": dtype}
+    theirs = module.PEER_DEFAULTS | {"dtype": dtype}
+    sides = [Side(job, "ours", folder, ours, python_of("ours")), Side(job, "peer", folder, theirs, python_of("peer"))]
+    sides[0].run()  # warm-up of ours alone: a slice of the other is long, and its first is not slower
+    slices = [[side.run() for side in sides] for _ in range(pairs)]
+    for side in sides:
+        side.end()
+    rates = [[pair[place].cpu_rate for pair in slices] for place in (0, 1)]
+    return {
+        "cpu_ratio": ratio_of(*rates)._asdict(),
+        "options": theirs,
+        "median_per_cpu_second": statistics.median(rates[1]),
+    }
+
+
+def _summary(slices: Sequence[Slice], memory: dict[str, float], options: dict[str, Any]) -> dict[str, Any]:
     return {
         "median": statistics.median(s.rate for s in slices),
         "median_per_cpu_second": statistics.median(s.cpu_rate for s in slices),
         "slices": [s._asdict() for s in slices],
         **memory,
-        "options": tuned["best"],
-        "tried": tuned["tried"],
+        "options": options,
     }
 
 
 def report(job: str, by_setting: dict[str, dict[str, Any]]) -> None:
-    """Print the ratios of a job and write results/<job>.json; the Llama setting stands on top."""
+    """Print the ratios of a job and write results/<job>.json; on top stands Llama in bf16, or in fp32."""
     module = importlib.import_module(f"benchmarks.{job}")
     path = RESULTS / f"{job}.json"
     earlier = json.loads(path.read_text(encoding="utf-8"))["by_setting"] if path.is_file() else {}
     every = earlier | by_setting
-    first = every.get("llama") or next(iter(every.values()))
+    on_top = next(name for name in ("llama-bfloat16", "llama", *every) if name in every)
+    first = every[on_top]
     head = {"job": job, **{name: first[name] for name in ("ratio", "memory_ratio")}}
     head |= {"ours": first["ours"]["median"], "peer": first["peer"]["median"], "unit": module.UNIT}
     settings = {"peer": module.PEER_NAME, "must_reach": module.MUST_REACH, "aim": module.AIM, **machine()}
-    write(path, head | {"cpu_ratio": first["cpu_ratio"], "settings": settings, "by_setting": every})
+    settings |= first.get("settings", {"model": "llama", "dtype": "float32"})
+    for name in ("cpu_ratio", "ratio_to_peer_defaults"):
+        head |= {name: first[name]} if name in first else {}
+    write(path, head | {"settings": settings, "by_setting": every})
     for setting, found in by_setting.items():
         ratio = found["ratio"]
         print(

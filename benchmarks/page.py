@@ -29,17 +29,21 @@ def ratio(found: dict[str, float]) -> str:
 def results_table() -> str:
     """Return one row for each job and setting."""
     lines = [
-        "| job | setting | ours / peer, wall clock | by CPU time | ours | peer | unit | memory | must, aim |",
-        "|---|---|---:|---:|---:|---:|---|---:|---|",
+        "| job | model | products | ours / peer, wall clock | by CPU time | with the peer's defaults | ours | peer "
+        "| unit | memory | must, aim |",
+        "|---|---|---|---:|---:|---:|---:|---:|---|---:|---|",
     ]
     for job in JOBS:
         path = RESULTS / f"{job}.json"
         if not path.is_file():
             continue
         module = importlib.import_module(f"benchmarks.{job}")
-        for setting, one in read(path)["by_setting"].items():
+        for name, one in read(path)["by_setting"].items():
+            settings = one.get("settings", {"model": name, "dtype": "float32"})
+            defaults = one.get("ratio_to_peer_defaults")
             lines.append(
-                f"| {job} | {setting} | {ratio(one['ratio'])} | {ratio(one['cpu_ratio'])} "
+                f"| {job} | {settings['model']} | {settings['dtype']} | {ratio(one['ratio'])} "
+                f"| {ratio(one['cpu_ratio'])} | {ratio(defaults['cpu_ratio']) if defaults else ''} "
                 f"| {one['ours']['median']:.4g} | {one['peer']['median']:.4g} | {module.UNIT} "
                 f"| {one['memory_ratio']:.2f} | {module.MUST_REACH:g}x, {module.AIM:g}x |"
             )

@@ -31,8 +31,7 @@ def ours(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
     from qinglan.models.generate import SamplingConfig
     from qinglan.models.heads import as_scorer, scalar_model_from
 
-    policy = load(work)
-    reference = load(work)
+    policy, reference = load(work, options["dtype"]), load(work, options["dtype"])
     reward_model = scalar_model_from(policy, seed=0)
     prompts = [prompt_record(number, text) for number, text in enumerate(work.data["short_prompts"])]
     num_iterations = 2 if work.setting == "llama" else 1
@@ -89,6 +88,7 @@ def peer(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
         "temperature": 1.0,
         "stop_token": "eos",
         "kl_coef": 0.05,
+        "bf16": options["dtype"] == "bfloat16",
     }
 
     def make_slice() -> Callable[[], float]:

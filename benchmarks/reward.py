@@ -18,13 +18,11 @@ OURS = {
     "llama": [
         {"max_tokens": 2048, "num_prompts": 16},
         {"max_tokens": 8192, "num_prompts": 16},
-        {"max_tokens": 2048, "num_prompts": 16, "bf16": True},
     ],
     "mini": [{"max_tokens": 2048, "num_prompts": 16}],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
-    "llama": [{"batch": size} for size in (4, 12, 36)]
-    + [{"batch": 12, "by_length": True}, {"batch": 12, "bf16": True}],
+    "llama": [{"batch": size} for size in (4, 12, 36)] + [{"batch": 12, "by_length": True}],
     "mini": [{"batch": 12, "by_length": True}],
 }
 
@@ -34,7 +32,7 @@ def ours(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
     from benchmarks.ours import load, new_stage, ranked_groups
     from qinglan.learn.reward import RewardConfig, train_reward_model
 
-    start = load(work, "bfloat16" if options.get("bf16") else "float32")
+    start = load(work, options["dtype"])
     groups = ranked_groups(work.data["rankings"][: options["num_prompts"]])
     config = RewardConfig(batch_size=PROMPTS_PER_STEP, max_tokens=options["max_tokens"])
 
@@ -70,8 +68,7 @@ def peer(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
     changes["gradient_accumulation_steps"] = 36 * PROMPTS_PER_STEP // options["batch"]
     if options.get("by_length"):
         changes |= {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
-    if options.get("bf16"):
-        changes["bf16"] = True
+    changes["bf16"] = options["dtype"] == "bfloat16"
 
     def make_slice() -> Callable[[], float]:
         args = RewardConfig(**arguments(**changes))

@@ -20,6 +20,8 @@ PEER: dict[str, list[dict[str, Any]]] = {
     "llama": [{"batch": 16}, {"batch": 64}, {"batch": 64, "continuous": True}],
     "mini": [{"batch": 16}],
 }
+PEER_DEFAULTS: dict[str, Any] = {"batch": 8, "gradient_checkpointing": True}
+"""Of `RLOOConfig`."""
 
 
 def reward_of(text: str) -> float:
@@ -33,8 +35,7 @@ def ours(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
     from qinglan.learn.ppo import PPOConfig, train_ppo
     from qinglan.models.generate import SamplingConfig
 
-    policy = load(work)
-    reference = load(work)
+    policy, reference = load(work, options["dtype"]), load(work, options["dtype"])
     prompts = [prompt_record(number, text) for number, text in enumerate(work.data["short_prompts"])]
     num_iterations = 2
     config = PPOConfig(
@@ -85,6 +86,8 @@ def peer(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
         max_completion_length=NEW_TOKENS,
         beta=0.05,
         temperature=1.0,
+        bf16=options["dtype"] == "bfloat16",
+        gradient_checkpointing=bool(options.get("gradient_checkpointing")),
         use_transformers_continuous_batching=bool(options.get("continuous")),
         model_init_kwargs={"dtype": "float32"},
     )

@@ -23,7 +23,6 @@ PEER: dict[str, list[dict[str, Any]]] = {
         {"prompts": 16},
         {"prompts": 8},
         {"prompts": 2},
-        {"prompts": 8, "bf16": True},
         {"continuous": True},
     ],
     "mini": [{"prompts": 16}],
@@ -35,7 +34,7 @@ def ours(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
     from benchmarks.ours import load
     from qinglan.models.generate import SamplingConfig, generate
 
-    lm = load(work)
+    lm = load(work, options["dtype"])
     data = work.data["sampling"]
     lm = lm._replace(chat=lm.chat._replace(end_ids=frozenset(data["end_ids"])))
     config = SamplingConfig(max_new_tokens=data["max_new_tokens"], max_rows=options["max_rows"])
@@ -67,7 +66,7 @@ def peer(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
         eos_token_id=data["end_ids"],
         pad_token_id=work.tokens["pad_id"],
     )
-    if options.get("bf16"):
+    if options["dtype"] == "bfloat16":
         model = model.to(torch.bfloat16)
     model.generate(torch.tensor([prompts[0]]), generation_config=generation, max_length=len(prompts[0]) + 3)  # warm-up
 

@@ -14,10 +14,7 @@ MUST_REACH, AIM = 2.5, 4.0
 STEP_SEQUENCES = 32
 BLOCK = {"llama": 1024, "mini": 256}
 OURS: dict[str, list[dict[str, Any]]] = {
-    "llama": [
-        *({"pack": pack, "max_tokens": tokens} for pack in (True, False) for tokens in (1024, 4096)),
-        {"pack": False, "max_tokens": 1024, "bf16": True},
-    ],
+    "llama": [{"pack": pack, "max_tokens": tokens} for pack in (True, False) for tokens in (1024, 4096)],
     "mini": [{"pack": False, "max_tokens": 1024}],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
@@ -25,12 +22,13 @@ PEER: dict[str, list[dict[str, Any]]] = {
         {"packing": "bfd", "batch": 1},
         {"packing": "bfd", "batch": 8},
         {"packing": "wrapped", "batch": 1, "differs": "texts of one row see each other"},
-        {"packing": "bfd", "batch": 1, "bf16": True},
         {"batch": 8},
         {"batch": 4, "by_length": True},
     ],
     "mini": [{"batch": 8, "by_length": True}],
 }
+PEER_DEFAULTS: dict[str, Any] = {"packing": "bfd", "batch": 8, "gradient_checkpointing": True}
+"""Packing as the documentation has it, `per_device_train_batch_size` and `gradient_checkpointing` of `SFTConfig`."""
 NUM_CHATS = {"llama": 32, "mini": 192}
 
 
@@ -39,7 +37,7 @@ def ours(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
     from benchmarks.ours import demonstrations, load, new_stage
     from qinglan.learn.sft import SFTConfig, train_sft
 
-    start = load(work, "bfloat16" if options.get("bf16") else "float32")
+    start = load(work, options["dtype"])
     chats = work.data["chats"][: NUM_CHATS[work.setting]]
     data = demonstrations(chats)
     num_tokens = sum(len(chat["prompt_ids"]) + len(chat["completion_ids"]) for chat in chats)
@@ -84,7 +82,8 @@ def peer(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
         changes |= {"packing": True, "packing_strategy": options["packing"], "max_length": BLOCK[work.setting]}
     else:
         changes["max_length"] = None
-    changes["bf16"] = bool(options.get("bf16"))
+    changes["bf16"] = options["dtype"] == "bfloat16"
+    changes["gradient_checkpointing"] = bool(options.get("gradient_checkpointing"))
     if options.get("by_length"):
         changes["train_sampling_strategy"] = "group_by_length"
 

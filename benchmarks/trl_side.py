@@ -1,6 +1,6 @@
 """What the peers' side of several jobs needs: model, tokenizer, and training arguments without any extra work.
 
-Gradient checkpointing, bf16, saving and reports are off: the first two cost time here, the others are not compared.
+Gradient checkpointing is off unless a job asks for the peer's defaults, saving and reports are always off.
 """
 
 import tempfile
