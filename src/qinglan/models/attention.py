@@ -99,7 +99,7 @@ class _Block(torch.autograd.Function):
         return weights @ value
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, weights = ctx.saved_tensors
         # dS = scale * P (dP - sum_t P dP), with P the weights and dP = dO V^T
         scores = torch._softmax_backward_data(gradient @ value.mT, weights, -1, weights.dtype).mul_(ctx.scale)
