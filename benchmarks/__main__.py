@@ -12,7 +12,7 @@ from benchmarks.peers import python_of_this_environment, python_with_old_trl
 from benchmarks.workloads import SETTINGS, prepare
 
 JOBS = ("reward", "sampling", "rloo", "ppo", "sft")
-ALONE = ("limits", "growth")
+ALONE = ("limits", "growth", "attention")
 """Without a peer."""
 
 

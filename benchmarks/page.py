@@ -91,6 +91,16 @@ def limits_table() -> str:
     return "\n".join(lines)
 
 
+def attention_table() -> str:
+    """Return milliseconds of attention by length."""
+    names = ("fused_fp32", "fused_bf16", "ours_bf16")
+    lines = ["| rows x tokens | fused kernel, fp32 | fused kernel, bf16 | ours, bf16 |", "|---|---:|---:|---:|"]
+    for one in read(RESULTS / "attention.json")["rows"]:
+        values = " | ".join(f"{one[name]:.1f}" for name in names)
+        lines.append(f"| {one['rows']} x {one['tokens']:,} | {values} |")
+    return "\n".join(lines)
+
+
 def growth_table() -> str:
     """Return CPU seconds at 1, 2, 4 and 8 times the work."""
     lines = ["| what grows | 1x | 2x | 4x | 8x | exponents |", "|---|---:|---:|---:|---:|---|"]
@@ -101,8 +111,14 @@ def growth_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"results": results_table, "tried": tried_table, "limits": limits_table, "growth": growth_table}
-NEEDED = {"limits": RESULTS / "limits.json", "growth": RESULTS / "growth.json"}
+TABLES = {
+    "results": results_table,
+    "tried": tried_table,
+    "limits": limits_table,
+    "attention": attention_table,
+    "growth": growth_table,
+}
+NEEDED = {name: RESULTS / f"{name}.json" for name in ("limits", "attention", "growth")}
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Attention in bf16 on a CPU, by plain matrix products.
 
 PyTorch's fused kernel for processors saves memory, which bf16 rows of some hundred tokens do not need, and its backward
-pass is slow on them: forward and backward at 24 rows of 82 tokens take 38 ms with it, 8 ms here (8 heads of 32 units,
+pass is slow on them: forward and backward at 24 rows of 82 tokens take 35 ms with it, 11 ms here (8 heads of 32 units,
 one thread; docs/benchmarks.md). Everything else, fp32 on a CPU and all of CUDA, goes to `sdpa` as before.
 
 Scores and weights are rounded to bf16, as `transformers`' eager attention rounds scores; sums are fp32 inside products.
