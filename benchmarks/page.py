@@ -41,8 +41,9 @@ def results_table() -> str:
         for name, one in read(path)["by_setting"].items():
             settings = one.get("settings", {"model": name, "dtype": "float32"})
             defaults = one.get("ratio_to_peer_defaults")
+            products = "; ".join([settings["dtype"], *([one["note"]] if "note" in one else [])])
             lines.append(
-                f"| {job} | {settings['model']} | {settings['dtype']} | {ratio(one['ratio'])} "
+                f"| {job} | {settings['model']} | {products} | {ratio(one['ratio'])} "
                 f"| {ratio(one['cpu_ratio'])} | {ratio(defaults['cpu_ratio']) if defaults else ''} "
                 f"| {one['ours']['median']:.4g} | {one['peer']['median']:.4g} | {module.UNIT} "
                 f"| {one['memory_ratio']:.2f} | {module.MUST_REACH:g}x, {module.AIM:g}x |"
