@@ -7,6 +7,9 @@ import pytest
 
 from qinglan import cli
 from qinglan.evals.instruct_gpt import HEADLINE
+from qinglan.recipes.instruct_gpt_config import InstructGPTConfig
+from qinglan.recipes.instruct_gpt_data import reward_base
+from qinglan.tasks.base_models import base_tokenizer, build
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -33,6 +36,9 @@ def test_the_whole_pipeline_on_the_built_in_world(tmp_path: Path, capsys: pytest
     ).read_text()
     for stage in ("start", "reward_model", "baseline", "ppo"):
         assert (out / "stages" / stage / "model" / "config.json").is_file(), stage
+
+    inputs = json.loads((out / "lineage.json").read_text())["inputs"]
+    assert set(inputs) == {"model", "larger_model"} and all("sha256:" in one for one in inputs.values())
 
     code, _, error = run(arguments, capsys)
     assert code == 2 and "--resume" in error
@@ -73,3 +79,27 @@ def test_a_broken_file_stops_before_anything_is_written(tmp_path: Path, capsys: 
     assert code == 2
     assert "broken.jsonl:4" in error or "broken.jsonl:5" in error
     assert not out.exists()
+
+
+def test_a_larger_model_that_reads_other_tokens_is_no_reward_model() -> None:
+    base, larger = (build(size, base_tokenizer(), seed=0) for size in ("nano", "micro"))
+    foreign = larger._replace(chat=larger.chat._replace(render_hash="another"))
+    config = InstructGPTConfig()
+    assert reward_base(config, base, larger) is larger
+    assert reward_base(config, base, foreign) is base
+    assert reward_base(config, base, None) is base
+
+
+def test_prompts_that_leave_no_room_stop_the_run_before_its_first_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    code, _, error = run(["instruct-gpt", "--preset", "paper", "--model", "nano", "--out", str(out)], capsys)
+    assert code == 2 and error.count("\n") == 1
+    assert "of nano's context of 256, but completions may have 1024; lower max_new_tokens" in error
+    assert not out.exists()
+
+
+def test_more_completions_at_the_least_than_at_the_most_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = run(["quickstart", "--world.min-ranked", "9", "--world.max-ranked", "4"], capsys)
+    assert code == 2 and "min_ranked is 9, more than max_ranked 4" in error

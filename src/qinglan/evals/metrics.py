@@ -181,8 +181,8 @@ def calibration(
     if num_groups > 1:
         draws = resample(expected_error, num_groups, seed)
         low, high = percentile_interval(np.maximum(0.0, draws - (draws.mean() - value)), num_groups)
-    brier = mean_with_interval((y - p) ** 2, index.tolist(), seed=seed)
-    return Calibration(tuple(bins), Measure(value, low, high, len(p)), brier)
+    brier = mean_with_interval((y - p) ** 2, index.tolist(), seed=seed, unit="squared probability")
+    return Calibration(tuple(bins), Measure(value, low, high, len(p), "probability"), brier)
 
 
 def pair_calibration(table: PairTable, *, seed: int, num_bins: int = 10) -> Calibration:

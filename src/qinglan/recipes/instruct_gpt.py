@@ -34,7 +34,7 @@ from qinglan.models.generate import sample_completions
 from qinglan.models.heads import as_scorer
 from qinglan.models.language_model import LanguageModel, load_language_model
 from qinglan.recipes.instruct_gpt_config import InstructGPTConfig
-from qinglan.recipes.instruct_gpt_data import Data, gather, reward_base
+from qinglan.recipes.instruct_gpt_data import Data, check_lengths, gather, reward_base
 from qinglan.supervisors.simulated import make_labelers, rank_all
 from qinglan.tasks.assistant import World
 from qinglan.tasks.assistant_data import candidates_to_rank, quality_of
@@ -54,13 +54,20 @@ def main(config: InstructGPTConfig, options: Options) -> CommandResult:
     device = Device.detect(config.device)
     base = load_language_model(resolve_model(config.model), device, template=config.template)
     base = base._replace(name=Path(config.model).name)
-    larger = None if config.larger_model is None else load_language_model(resolve_model(config.larger_model), device)
     data = gather(config, base, options.seed)
+    check_lengths(config, base, data.pools)
+    larger = None
+    if config.larger_model is not None and data.world is not None:
+        larger = load_language_model(resolve_model(config.larger_model), device)
+    judging_base = reward_base(config, base, larger)
+    models = {"model": config.model, "larger_model": larger and config.larger_model, "reward_base": config.reward_base}
     out = options.out or Path("runs/instruct-gpt")
     with Run.open(out, config, seed=options.seed, recipe="instruct-gpt", resume=options.resume) as run:
-        for name, path in data.files.items():
+        for name, path in (
+            data.files.items() | {name: resolve_model(one) for name, one in models.items() if one}.items()
+        ):
             run.add_input(name, path)
-        outcome = align(config, run, base, reward_base(config, base, larger, data), data)
+        outcome = align(config, run, base, judging_base, data)
         if data.world is not None:
             outcome = outcome._replace(larger=larger)
         report, found = measure_all(run, outcome, config.world, config.sampling, config.measure)
@@ -73,7 +80,7 @@ def align(config: InstructGPTConfig, run: Run, base: LanguageModel, judging_base
     pools, world, pretrain, seed, skipped = data.pools, data.world, data.pretrain, run.seed, []
 
     # Student: the policy that PPO starts from, and its reference
-    start, stage = base, run.stage("start", config.start, config.model, run.inputs, config.world, config.hygiene)
+    start, stage = base, run.stage("start", config.start, config.template, run.inputs, config.world, config.hygiene)
     if pools.demonstrations:
         mix = config.start if pretrain else config.start.model_copy(update={"pretrain_fraction": 0.0})
         start = train_sft(base, pools.demonstrations, mix, stage=stage, seed=seed, pretrain=pretrain)
@@ -111,7 +118,7 @@ def align(config: InstructGPTConfig, run: Run, base: LanguageModel, judging_base
     # Learn 2: the SFT baseline; the reward model chooses its checkpoint
     baseline = start
     if pools.demonstrations:
-        baseline_stage = run.stage("baseline", config.baseline, stage, config.reward)
+        baseline_stage = run.stage("baseline", config.baseline, stage, config.reward, config.sampling)
         select = None if scorer is None else mean_score(scorer, pools.valid_prompts, config.sampling, seed)
         baseline = train_sft(
             base, pools.demonstrations, config.baseline, stage=baseline_stage, seed=seed, select=select
@@ -123,6 +130,8 @@ def align(config: InstructGPTConfig, run: Run, base: LanguageModel, judging_base
         return outcome
 
     # Learn 3: the policy; the same without the pretraining mix; the same against the answer key, as the ceiling
+    seen_scores = score_range if config.reward is None else None
+
     def ppo(name: str, settings: PPOConfig, reward: Scorer, seen: tuple[float, float] | None) -> LanguageModel:
         ppo_stage = run.stage(name, settings, stage, config.reward)
         gold = world.gold() if world is not None else None
@@ -143,10 +152,10 @@ def align(config: InstructGPTConfig, run: Run, base: LanguageModel, judging_base
         return result.policy
 
     settings = config.ppo if pretrain else config.ppo.model_copy(update={"ptx_coef": 0.0})
-    outcome = outcome._replace(policy=ppo("ppo", settings, scorer, score_range if config.reward is None else None))
+    outcome = outcome._replace(policy=ppo("ppo", settings, scorer, seen_scores))
     if world is not None and config.compare_without_ptx and settings.ptx_coef > 0:
         plain = settings.model_copy(update={"ptx_coef": 0.0})
-        outcome = outcome._replace(without_ptx=ppo("ppo_without_ptx", plain, scorer, score_range))
+        outcome = outcome._replace(without_ptx=ppo("ppo_without_ptx", plain, scorer, seen_scores))
     if world is not None and config.train_ceiling:
         outcome = outcome._replace(ceiling=ppo("ppo_ceiling", settings, world.gold(scale=5.0), None))
     return outcome

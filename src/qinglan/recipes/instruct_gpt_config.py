@@ -21,10 +21,11 @@ class InstructGPTConfig(Config):
     model: str = "micro"
     """Base model: a size of the built-in family or any Hugging Face causal LM directory."""
     larger_model: str | None = "mini"
-    """Base model that the policy is compared with (paper: 175B against 1.3B); none: leave the comparison out."""
+    """Base model that the policy is compared with on the built-in world, whose judges there are (paper: 175B against
+    1.3B); none: leave the comparison out."""
     reward_base: str | None = None
-    """Base model of the reward model, with the policy's tokenizer; none: on the built-in world `larger_model` (paper: a
-    reward model of 6B for policies from 1.3B on), else the policy's own base."""
+    """Base model of the reward model, with the policy's tokenizer; none: on the built-in world `larger_model` if it
+    has that tokenizer (paper: a reward model of 6B for policies from 1.3B on), else the policy's own base."""
     template: Literal["own", "plain"] = "own"
     """Chat template: the model's own, or plain "User: ... Assistant:" text for models without one."""
     device: str = "auto"
@@ -99,6 +100,7 @@ class InstructGPTConfig(Config):
                 best_of_n_samples=4, num_best_of_n_prompts=8, num_pretraining_documents=20, num_probe_items=5
             ),
         )
+        # The paper's 1,024 new tokens want a model with a longer context than the built-in ones have.
         paper = cls(
             start=SFTConfig.paper_ppo_start(),
             baseline=SFTConfig.paper_baseline(),

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from qinglan.core.errors import InputError
 from qinglan.core.records import Prompt
 from qinglan.data.pools import Pools, pools_from_files
 from qinglan.learn.sft import PretrainSource
 from qinglan.models.chat import make_chat_format
-from qinglan.models.language_model import LanguageModel, load_language_model
+from qinglan.models.language_model import LanguageModel, load_language_model, max_context
 from qinglan.recipes.instruct_gpt_config import InstructGPTConfig
 from qinglan.tasks.assistant import World
 from qinglan.tasks.assistant_data import world_data
@@ -41,10 +42,31 @@ def gather(config: InstructGPTConfig, base: LanguageModel, seed: int) -> Data:
     return Data(made.pools, made.world, corpus, {})
 
 
-def reward_base(
-    config: InstructGPTConfig, base: LanguageModel, larger: LanguageModel | None, data: Data
-) -> LanguageModel:
-    """Return the pretrained model that the reward model starts from."""
+def reward_base(config: InstructGPTConfig, base: LanguageModel, larger: LanguageModel | None) -> LanguageModel:
+    """Return the pretrained model that the reward model starts from.
+
+    Raises `InputError` for one that reads other tokens, or conversations otherwise, than the policy writes them.
+    """
     if config.reward_base is not None:
-        return load_language_model(resolve_model(config.reward_base), base.device, template=config.template)
-    return larger if larger is not None and data.world is not None else base
+        chosen = load_language_model(resolve_model(config.reward_base), base.device, template=config.template)
+        if chosen.chat.render_hash != base.chat.render_hash:
+            raise InputError(
+                f"reward_base {config.reward_base}: has another tokenizer or chat template than {config.model}; "
+                "expected those of the policy; choose another, or leave it out"
+            )
+        return chosen
+    return larger if larger is not None and larger.chat.render_hash == base.chat.render_hash else base
+
+
+def check_lengths(config: InstructGPTConfig, base: LanguageModel, pools: Pools) -> None:
+    """Raise `InputError` where a prompt leaves no room for a completion in the model's context."""
+    context = max_context(base.model)
+    wanted = max(config.sampling.max_new_tokens, config.ppo.sampling.max_new_tokens)
+    for prompt in (*pools.comparison_prompts, *pools.rl_prompts, *pools.valid_prompts, *pools.test_prompts):
+        num_tokens = len(base.chat.prompt_ids(prompt.messages))
+        if num_tokens + wanted > context:
+            raise InputError(
+                f"prompt {prompt.id}: has {num_tokens} tokens and leaves {context - num_tokens} of {config.model}'s "
+                f"context of {context}, but completions may have {wanted}; lower max_new_tokens of sampling and "
+                "ppo.sampling, or hygiene.max_tokens"
+            )

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qinglan.core.config import Config
 from qinglan.core.records import Completion, Prompt, record_id
@@ -35,7 +35,7 @@ class WorldConfig(Config):
 
     num_demonstrations: int = Field(default=600, ge=1)
     """Demonstrations (InstructGPT: 12,725)."""
-    num_comparison_prompts: int = Field(default=800, ge=1)
+    num_comparison_prompts: int = Field(default=1600, ge=1)
     """Prompts whose completions are ranked (InstructGPT: 33,207)."""
     num_rl_prompts: int = Field(default=2000, ge=1)
     """Prompts of PPO (InstructGPT: 31,144)."""
@@ -57,6 +57,12 @@ class WorldConfig(Config):
     """How demonstrators go wrong."""
     labelers: LabelerConfig = LabelerConfig(noise=LABELER_NOISE)
     """How labelers go wrong."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "WorldConfig":
+        if self.min_ranked > self.max_ranked:
+            raise ValueError(f"min_ranked is {self.min_ranked}, more than max_ranked {self.max_ranked}; lower it")
+        return self
 
 
 class WorldData(NamedTuple):
