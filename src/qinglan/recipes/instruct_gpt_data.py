@@ -38,7 +38,7 @@ def gather(config: InstructGPTConfig, base: LanguageModel, seed: int) -> Data:
         return Data(pools, None, None, given)
     made = world_data(config.world, config.hygiene, seed=seed, num_tokens=num_tokens)
     is_family = base.chat.render_hash == make_chat_format(base_tokenizer()).render_hash
-    corpus = pretraining_sequences(base.tokenizer._tokenizer, seed, max_tokens=96) if is_family else None
+    corpus = pretraining_sequences(base.tokenizer._tokenizer, seed, max_tokens=64) if is_family else None
     return Data(made.pools, made.world, corpus, {})
 
 
