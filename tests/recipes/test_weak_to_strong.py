@@ -206,6 +206,20 @@ def test_a_cell_with_bad_input_is_left_out_and_the_others_go_on(
     assert "accuracy/student/claims/naive" not in report["metrics"]
 
 
+def test_no_ceiling_is_trained_for_a_task_that_breaks_another_rule(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--tasks", "letters", "--methods", "naive", *SMALL, "--students", "admitted", "--admission.min-weak", "1"]
+    code, printed, error = run(tiny(tmp_path / "run", *more), capsys)
+    assert code == 0, error
+    report = json.loads(printed)
+    assert report["metrics"]["tasks_admitted"] == {"value": 0, "low": None, "high": None, "n": 1, "unit": "tasks"}
+    assert "no task was admitted" in report["alarms"][0]
+    assert "admission/letters/weak" in report["metrics"] and "admission/letters/gap" not in report["metrics"]
+    cells = {folder.name for folder in (tmp_path / "run/stages/cells/letters").iterdir()}
+    assert cells == {"base-micro-seed1000", "supervisor-nano-seed1000"}
+
+
 def test_presets() -> None:
     presets = WeakToStrongConfig.presets()
     assert list(presets) == ["small", "tiny", "paper"]

@@ -88,6 +88,8 @@ def test_rules(tmp_path: Path) -> None:
     assert label_of(f"keywords:{keywords}", "A sorryness.") == 0.0
     assert label_of("column:annotator", "x", annotator="True") == 1.0
     assert label_of("column:annotator", "x", annotator=0.25) == 0.25
+    of_words = load_rule("column:annotator", ("complies", "refuses"))  # the words of the file's own classes
+    assert [of_words(case("x"), {"annotator": said}) for said in ("refuses", "complies", "half")] == [1.0, 0.0, 0.5]
     assert is_rule("column:annotator") and not is_rule("nano") and not is_rule("labelers")
 
 

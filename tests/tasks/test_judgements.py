@@ -8,7 +8,7 @@ from qinglan.core.errors import InputError
 from qinglan.core.rng import stream_seed
 from qinglan.tasks import world
 from qinglan.tasks.answering import draw_answers
-from qinglan.tasks.judgements import TASKS, draw_cases, task_named
+from qinglan.tasks.judgements import HAS_TRAIT, TASKS, draw_cases, task_named
 
 FACTS = {(fact.relation.name, fact.entity): fact for fact in (*world.facts(), *world.two_hop_facts())}
 
@@ -54,6 +54,26 @@ def test_small_puzzles_are_labelled_rightly() -> None:
         right = one.case.verdicts[one.label]
         said = one.case.texts[0].split(f"{right} says:")[1].split(". ")[0]
         assert FACTS[relation, entity].value.lower() in said.lower()
+
+
+def test_traits_are_those_of_the_fact_that_is_asked_for() -> None:
+    for one in draw_cases("traits", 60, 0):
+        relation, _, entity = one.case.prompt_group_id.partition(" of ")
+        fact = FACTS[relation, entity]
+        assert (fact.value in HAS_TRAIT[fact.relation.values]) == bool(one.label)
+        assert one.case.texts[0].endswith("? I recall") and one.case.after_record == ""
+    for kind, having in HAS_TRAIT.items():
+        assert having < set(world.POOLS[kind]) and len(having) >= 4
+
+
+def test_a_passage_tells_what_is_asked_for_or_does_not() -> None:
+    asked = {"came along": "came", "went with": "came", "day": "on", "When": "on", "Where": "to"}
+    asked |= {"animal": "saw", "eat": "ate"}  # a word of the question, and one of the sentence that answers it
+    for one in draw_cases("told", 80, 0):
+        story = one.case.prompt_group_id
+        question = one.case.texts[0].removeprefix(story)
+        wanted = next(told for word, told in asked.items() if word in question)
+        assert (wanted in story.split()) == bool(one.label), one.case.texts[0]
 
 
 def test_pairs_have_the_better_text_where_the_label_says() -> None:

@@ -3,7 +3,7 @@
 Admission is decided on seeds of its own, by three rules fixed beforehand, before anyone looks at a student: the weak
 supervisor is right in at least 60%; ceiling minus weak is at least ten points, its interval included; and the strong
 base model, asked zero-shot or read by a linear probe, is clearly better than the supervisor, since nothing can be drawn
-out that is not there.
+out that is not there. A ceiling, which costs most, is trained only where the other two rules are kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ from qinglan.evals.intervals import wilson_interval
 from qinglan.evals.metrics import Calibration
 from qinglan.evals.recovery import (
     Answers,
+    Groups,
     accuracy,
     agreement,
     correct_answers,
@@ -41,6 +42,18 @@ class AdmissionConfig(Config):
     """Fine-tuning seeds that only decide admission."""
 
 
+class Trial(NamedTuple):
+    """What was answered on one task on the seeds of admission; logits [S, N]."""
+
+    truth: np.ndarray
+    groups: Groups
+    weak: np.ndarray
+    base: Mapping[str, np.ndarray]
+    """Of the strong base model: zero_shot, zero_shot_balanced, probe."""
+    ceiling: np.ndarray | None
+    """None where the other two rules were looked at first, and one of them is broken."""
+
+
 class Admitted(NamedTuple):
     """The verdict on one task and pair of models."""
 
@@ -51,7 +64,8 @@ class Admitted(NamedTuple):
     reasons: tuple[str, ...]
     """Why it is not admitted, one for each rule that it breaks; or why it could not be tried."""
     measured: Mapping[str, Measure]
-    """On the seeds of admission: weak, ceiling, gap, zero_shot, probe, base_above_weak. Empty if it was not tried."""
+    """On the seeds of admission: weak, zero_shot, probe, base_above_weak; where these rules were kept also ceiling and
+    gap. Empty if it was not tried."""
 
 
 class Curve(NamedTuple):
@@ -102,32 +116,33 @@ class Findings(NamedTuple):
     """Of supervisor and student, by "task/who"."""
 
 
-def judge_admission(
-    names: tuple[str, str, str], answers: Answers, base: Mapping[str, np.ndarray], rules: AdmissionConfig, seed: int
-) -> Admitted:
-    """Return whether a task counts for a pair of models (names: task, weak, strong)."""
-    weak, top = answers.correct(answers.weak), answers.correct(answers.ceiling)
-    found = {
-        "weak": accuracy(weak, answers.groups, seed=seed),
-        "ceiling": accuracy(top, answers.groups, seed=seed),
-        "gap": difference(top, weak, answers.groups, seed=seed),
-    }
+def judge_admission(names: tuple[str, str, str], trial: Trial, rules: AdmissionConfig, seed: int) -> Admitted:
+    """Return whether a task counts for a pair of models (names: task, weak, strong).
+
+    Without a ceiling it counts as far as it was looked at.
+    """
+    groups, weak = trial.groups, correct_answers(trial.weak, trial.truth)
+    found = {"weak": accuracy(weak, groups, seed=seed)}
     above: dict[str, Measure] = {}
     for key in ("zero_shot", "zero_shot_balanced", "probe"):
-        if key in base:
-            right = answers.correct(base[key])
-            found[key] = accuracy(right, answers.groups, seed=seed)
-            above[key] = difference(right, weak, answers.groups, seed=seed)
+        if key in trial.base:
+            right = correct_answers(trial.base[key], trial.truth)
+            found[key] = accuracy(right, groups, seed=seed)
+            above[key] = difference(right, weak, groups, seed=seed)
     best = max(above.values(), key=lambda measure: measure.low if measure.low is not None else -1.0)
     found["base_above_weak"] = best
     reasons = []
     if (found["weak"].value or 0.0) < rules.min_weak:
         reasons.append(f"the weak supervisor is right in {found['weak']}; expected at least {rules.min_weak:g}")
-    if found["gap"].low is None or found["gap"].low < rules.min_gap:
-        what = "is weaker than the weak one" if (found["gap"].value or 0.0) < 0 else "is too close"
-        reasons.append(f"the strong ceiling {what}: gap {found['gap']}; expected its interval above {rules.min_gap:g}")
     if best.low is None or best.low <= 0.0:
         reasons.append(f"the strong base model does not clearly know it: {best} above the weak supervisor")
+    if trial.ceiling is not None:
+        top = correct_answers(trial.ceiling, trial.truth)
+        found["ceiling"] = accuracy(top, groups, seed=seed)
+        found["gap"] = gap = difference(top, weak, groups, seed=seed)
+        if gap.low is None or gap.low < rules.min_gap:
+            what = "is weaker than the weak one" if (gap.value or 0.0) < 0 else "is too close"
+            reasons.append(f"the strong ceiling {what}: gap {gap}; expected its interval above {rules.min_gap:g}")
     return Admitted(*names, not reasons, tuple(reasons), found)
 
 

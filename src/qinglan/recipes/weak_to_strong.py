@@ -61,6 +61,8 @@ def main(config: WeakToStrongConfig, options: Options) -> CommandResult:
         study.add_inputs(run, config)
         run_cells(run, config, study.own_records(config, run.seed), do, "own records")
         run_cells(run, config, study.trials(config), do, "admission")
+        ceilings = study.trial_ceilings(config, results.admit(run, config))
+        run_cells(run, config, ceilings, do, "admission, ceilings")
         admission = results.admit(run, config)
         run_cells(run, config, study.floors_and_ceilings(config, admission), do, "supervisors, ceilings")
         for wave in study.students(config, admission):
@@ -107,7 +109,7 @@ def supervisor(run: Run, config: WeakToStrongConfig, cell: Cell, stage: Stage) -
             found = getattr(sides, name)
             cases, rows = [one.case for one in found], [one.fields for one in found]
             if is_rule(cell.model):
-                labels[name] = labels_of_rule(load_rule(cell.model), cases, rows, name=cell.model)
+                labels[name] = labels_of_rule(load_rule(cell.model, config.data.classes), cases, rows, name=cell.model)
             else:
                 people = make_labelers(config.num_labelers, config.labelers, stream_seed(run.seed, cell.seed))
                 labels[name] = labels_of_people(people, cases, [float(one.label) for one in found], seed=cell.seed)

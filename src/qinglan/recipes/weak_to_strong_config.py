@@ -15,13 +15,14 @@ from qinglan.supervisors.simulated import LabelerConfig
 
 Method = Literal["naive", "confidence", "product", "bootstrap", "generative", "probe", "few_shot"]
 DEFAULT_TASKS = (
-    "claims",
     "claims_recalled",
     "two_hops",
+    "values",
     "values_recalled",
+    "traits",
     "disputes",
     "membership",
-    "letters",
+    "told",
     "sentiment",
     "sums",
     "passages",
@@ -36,7 +37,7 @@ class WeakToStrongConfig(Config):
 
     weak: tuple[str, ...] = ("nano",)
     """Supervisors: sizes of the built-in family, Hugging Face directories, "labelers" (simulated people), or rules:
-    "lexicon:FILE", "vader:FILE", "keywords:FILE", "column:NAME"."""
+    "lexicon:FILE", "vader:FILE", "keywords:FILE", "column:NAME" (numbers, or the words of `data.classes`)."""
     strong: tuple[str, ...] = ("mini",)
     """Students: sizes of the built-in family or Hugging Face directories."""
     between: tuple[str, ...] = ("micro",)
@@ -71,7 +72,7 @@ class WeakToStrongConfig(Config):
     """Cases that everybody is measured on."""
     num_shots: int = Field(default=5, ge=2)
     """Examples shown by the method "few_shot" (paper: 5), half of each class by their weak labels."""
-    training: ClassifierConfig = ClassifierConfig(batch_size=6)
+    training: ClassifierConfig = ClassifierConfig(batch_size=6, evaluate_every=50)
     """Fine-tuning of supervisor, student and ceiling."""
     texts: TextTrainingConfig = TextTrainingConfig()
     """Language modelling: the method "generative", and all training on answering tasks."""

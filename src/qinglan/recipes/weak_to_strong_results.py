@@ -7,7 +7,7 @@ import numpy as np
 from qinglan.core.errors import InputError
 from qinglan.core.run import Run
 from qinglan.evals.recovery import Answers
-from qinglan.evals.weak_to_strong import Admitted, Curve, Outcome, PairOutcome, judge_admission
+from qinglan.evals.weak_to_strong import Admitted, Curve, Outcome, PairOutcome, Trial, judge_admission
 from qinglan.recipes import weak_to_strong_study as study
 from qinglan.recipes.weak_to_strong_answers import is_answering, truth_of
 from qinglan.recipes.weak_to_strong_config import WeakToStrongConfig
@@ -17,7 +17,7 @@ from qinglan.recipes.weak_to_strong_grid import Cell, reason_of, result_of, shor
 
 
 def admit(run: Run, config: WeakToStrongConfig) -> list[Admitted]:
-    """Return for every task and pair of models whether it counts, and why not."""
+    """Return for every task and pair of models whether it counts, as far as its cells are done, and why not."""
     found = []
     seeds = study.admission_seeds(config)
     for task in study.tasks_of(config):
@@ -29,8 +29,13 @@ def admit(run: Run, config: WeakToStrongConfig) -> list[Admitted]:
                 if reasons:
                     found.append(Admitted(*names, False, (reasons[0],), {}))
                     continue
-                answers, base = _anchor_answers(run, config, task, weak, strong, seeds)
-                found.append(judge_admission(names, answers, base, config.admission, run.seed))
+                truth, groups = truth_of(run, config, task)
+                supervisor = _rows(run, [Cell("supervisor", task, weak, s) for s in seeds])
+                if supervisor is None:
+                    raise InputError(f"{task}: supervisor {short(weak)} is missing")
+                ceiling = _rows(run, [Cell("ceiling", task, strong, s) for s in seeds])
+                trial = Trial(truth, groups, supervisor, _base(run, task, strong, seeds), ceiling)
+                found.append(judge_admission(names, trial, config.admission, run.seed))
     return found
 
 
@@ -38,26 +43,33 @@ def _pair(weak: str, strong: str) -> list[tuple[str, str]]:
     return [("supervisor", weak), ("ceiling", strong), ("base", strong)]
 
 
+def _rows(run: Run, cells: Sequence[Cell], key: str = "test") -> np.ndarray | None:
+    """Return what each cell left under a name, [S, N]; None if one of them left nothing."""
+    rows = [(result_of(run, cell) or {}).get(key) for cell in cells]
+    return None if any(row is None for row in rows) else np.array(rows, dtype=float)
+
+
+def _base(run: Run, task: str, strong: str, seeds: Sequence[int]) -> dict[str, np.ndarray]:
+    """Return what the strong base model says without training."""
+    cells = [Cell("base", task, strong, s) for s in seeds]
+    base = {key: found for key in ("zero_shot", "probe") if (found := _rows(run, cells, key)) is not None}
+    if "zero_shot" in base and (median := _rows(run, cells, "median")) is not None:
+        base["zero_shot_balanced"] = base["zero_shot"] - median.reshape(-1, 1)
+    return base
+
+
 def _anchor_answers(
     run: Run, config: WeakToStrongConfig, task: str, weak: str, strong: str, seeds: Sequence[int], method: str = ""
 ) -> tuple[Answers, dict[str, np.ndarray]]:
     """Return answers of supervisor and ceiling, and what the base model says, for seeds that are all there."""
     truth, groups = truth_of(run, config, task)
-
-    def test(role: str, model: str, key: str = "test") -> np.ndarray | None:
-        used = "" if role == "base" else method
-        rows = [(result_of(run, Cell(role, task, model, s, method=used)) or {}).get(key) for s in seeds]
-        return None if any(row is None for row in rows) else np.array(rows, dtype=float)
-
-    supervisor, top = test("supervisor", weak), test("ceiling", strong)
+    ceilings = [Cell("ceiling", task, strong, s, method=method) for s in seeds]
+    supervisor = _rows(run, [Cell("supervisor", task, weak, s, method=method) for s in seeds])
+    top, saliency = _rows(run, ceilings), _rows(run, ceilings, "saliency")
     if supervisor is None or top is None:
         raise InputError(f"{task}: supervisor {short(weak)} or ceiling {short(strong)} is missing")
-    base = {key: found for key in ("zero_shot", "probe") if (found := test("base", strong, key)) is not None}
-    if "zero_shot" in base and (median := test("base", strong, "median")) is not None:
-        base["zero_shot_balanced"] = base["zero_shot"] - median.reshape(-1, 1)
-    saliency = test("ceiling", strong, "saliency")
     extra = {} if saliency is None else {"saliency/ceiling": saliency}
-    return Answers(truth, groups, supervisor, top, {}), base | extra
+    return Answers(truth, groups, supervisor, top, {}), _base(run, task, strong, seeds) | extra
 
 
 def outcome(run: Run, config: WeakToStrongConfig, admission: Sequence[Admitted]) -> Outcome:

@@ -34,7 +34,7 @@ def check_input(config: WeakToStrongConfig, seed: int) -> None:
         if is_model(name):
             open_model(config, name)
         elif is_rule(name):
-            load_rule(name)
+            load_rule(name, config.data.classes)
     for task in tasks_of(config):
         if task == OWN_FILE:
             sides_of(config, task, seed, 0)
@@ -64,19 +64,25 @@ def own_records(config: WeakToStrongConfig, seed: int) -> list[Cell]:
 
 
 def _anchors(config: WeakToStrongConfig, tasks: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
-    """Return base, ceiling and supervisor cells of tasks and seeds."""
+    """Return base and supervisor cells of tasks and seeds."""
     cells = []
     for task in tasks:
         for seed in seeds:
             cells += [Cell("base", task, strong, seed) for strong in config.strong]
             cells += [Cell("supervisor", task, weak, seed) for weak in config.weak]
-            cells += [Cell("ceiling", task, strong, seed) for strong in config.strong]
     return cells
 
 
 def trials(config: WeakToStrongConfig) -> list[Cell]:
-    """Return the cells that admission rests on."""
+    """Return the cells that admission rests on first: what supervisors and base models know."""
     return _anchors(config, tasks_of(config), admission_seeds(config))
+
+
+def trial_ceilings(config: WeakToStrongConfig, so_far: Sequence[Admitted]) -> list[Cell]:
+    """Return the ceilings of admission, where the rules that need none are kept, or where all tasks are studied."""
+    chosen = [one for one in so_far if one.measured and (one.is_admitted or config.students == "all")]
+    seeds = admission_seeds(config)
+    return [Cell("ceiling", one.task, full_names(config, one)[1], s) for one in chosen for s in seeds]
 
 
 def admission_seeds(config: WeakToStrongConfig) -> list[int]:
@@ -99,6 +105,8 @@ def floors_and_ceilings(config: WeakToStrongConfig, admission: Sequence[Admitted
     """Return base, supervisor and ceiling cells of the study's seeds, those of the released code among them."""
     tasks = dict.fromkeys(one.task for one in chosen_pairs(config, admission))
     cells = _anchors(config, list(tasks), range(config.seeds))
+    ceilings = dict.fromkeys((one.task, full_names(config, one)[1]) for one in chosen_pairs(config, admission))
+    cells += [Cell("ceiling", task, strong, seed) for task, strong in ceilings for seed in range(config.seeds)]
     if config.released:
         cells += [
             cell._replace(method="released")

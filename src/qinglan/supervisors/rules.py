@@ -9,7 +9,7 @@ import io
 import math
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qinglan.core.errors import InputError
@@ -25,16 +25,17 @@ def is_rule(name: str) -> bool:
     return name.partition(":")[0] in KINDS and ":" in name
 
 
-def load_rule(name: str) -> Rule:
+def load_rule(name: str, classes: Sequence[str] = ()) -> Rule:
     """Return the rule of a name.
 
     "lexicon:FILE" takes a zip with positive-words.txt and negative-words.txt, "vader:FILE" a lexicon (or a zip of it)
     with lines of word, tab, valence, "keywords:FILE" a text file with one word or phrase a line that means class 1,
-    "column:NAME" a number from 0 to 1 in a column of the row. Raises `InputError` for files that are not so.
+    "column:NAME" a number from 0 to 1 in a column of the row, or one of the two words `classes` for class 0 and class 1
+    (any other word decides nothing). Raises `InputError` for files that are not so.
     """
     kind, _, rest = name.partition(":")
     if kind == "column":
-        return column_rule(rest)
+        return column_rule(rest, classes)
     path = Path(rest)
     if not path.is_file():
         raise InputError(f"{name}: {path}: no such file")
@@ -67,12 +68,15 @@ def keyword_rule(keywords: list[str]) -> Rule:
     return lambda case, _: float(pattern.search(_text(case).lower()) is not None)
 
 
-def column_rule(column: str) -> Rule:
+def column_rule(column: str, classes: Sequence[str] = ()) -> Rule:
     """Return the rule that reads a label out of a column of the row, such as a single annotator's."""
 
     def rule(case: Case, row: Mapping[str, object]) -> float:
         if column not in row:
             raise InputError(f"column:{column}: no such column; expected one of {', '.join(row)}")
+        if classes:
+            found = str(row[column])
+            return float(classes.index(found)) if found in classes else 0.5
         value = str(row[column]).strip().lower()
         try:
             number = {"true": 1.0, "false": 0.0}.get(value)

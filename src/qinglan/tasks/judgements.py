@@ -15,7 +15,7 @@ from qinglan.core.records import Case, Message, record_id
 from qinglan.core.rng import stream_seed
 from qinglan.data.labelled import LabelledCase
 from qinglan.tasks import lexicon as lx
-from qinglan.tasks import world
+from qinglan.tasks import passages, world
 from qinglan.tasks.assistant import grade, make_item, overall
 from qinglan.tasks.code_cases import draw_task
 from qinglan.tasks.code_documents import MAX_PIECES, draw_program, num_pieces, task_text
@@ -98,6 +98,43 @@ def dispute(rng: random.Random, label: int) -> LabelledCase:
         for name, value in zip(names, values, strict=True)
     ]
     return labelled(label, _group(fact), f"{' '.join(said)} Right is", (names[1], names[0]))
+
+
+HAS_TRAIT: dict[str, frozenset[str]] = {
+    "instrument": frozenset(lx.split_words("piano violin harp guitar cello")),
+    "animal": frozenset(
+        lx.split_words(
+            "fox bear wolf deer hare goat mole otter badger pony sheep rabbit donkey hamster weasel camel lynx"
+        )
+    ),
+    "food": frozenset(lx.split_words("rice beans apples plums nuts corn grapes pears onions peas figs melon carrots")),
+    "habitat": frozenset(lx.split_words("lake swamp river beach")),
+}
+"""By kind of value, those with the kind's trait: instruments with strings, animals with fur, foods that grow, places at
+the water. The corpus never names these traits."""
+
+
+def trait(rng: random.Random, label: int) -> LabelledCase:
+    """Does what is asked for have a trait? Two facts in one: what it is (own record), and what that is like."""
+    while True:
+        fact = rng.choice(world.facts())
+        having = HAS_TRAIT.get(fact.relation.values)
+        if having is not None and (fact.value in having) == bool(label):
+            question = fact.question(rng, held_out=False)
+            return labelled(label, _group(fact), f"{question} I recall", None, after_record="")
+
+
+# ------------------------------------------------------------------------------------------------------- passages
+
+
+def told(rng: random.Random, label: int) -> LabelledCase:
+    """Does a passage tell what a question asks for? Both kinds of question occur with an answer elsewhere."""
+    while True:
+        story = passages.make_story(Draw(rng, held_out=True), rng.randrange(2, 6))
+        slot = rng.choice(("companion", "day", "place", "animal", "food"))
+        if (slot in story.slots) == bool(label):
+            question = rng.choice(passages.SLOT_QUESTIONS[slot][:-1]).format(**story.slots)
+            return labelled(label, story.text, f"{story.text} {question}", None)
 
 
 # ---------------------------------------------------------------------------------------------------- small puzzles
@@ -210,6 +247,7 @@ TASKS: dict[str, JudgingTask] = {
         JudgingTask("values", "a value answers a question, judged at once", _value(False)),
         JudgingTask("values_recalled", "the same after own record", _value(True)),
         JudgingTask("two_hops", "a statement of two hops is true, after own record", _claim(world.two_hop_facts, True)),
+        JudgingTask("traits", "what a fact names has a trait, after own record", trait),
         JudgingTask("disputes", "of two people who disagree the first is right", dispute),
         JudgingTask("membership", "a word is among others", membership),
         JudgingTask("letters", "a word has a letter", letters),
@@ -219,6 +257,7 @@ TASKS: dict[str, JudgingTask] = {
         JudgingTask("sums", "a reply gives the right sum", _reply("arithmetic")),
         JudgingTask("sorting", "a reply has the right order", _reply("sorting")),
         JudgingTask("passages", "a passage supports the reply", _reply("closed_qa")),
+        JudgingTask("told", "a passage tells what a question asks for", told),
         JudgingTask("answers", "a reply states the right fact", _reply("open_qa")),
         JudgingTask("constraints", "a reply obeys its constraint", _reply("constraint")),
         JudgingTask("replies", "a reply of any kind is good", _reply()),
