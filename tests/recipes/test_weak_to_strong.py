@@ -179,11 +179,22 @@ def test_bad_names_leave_no_folder(
     assert not (tmp_path / "run").exists()
 
 
-def test_one_class_only_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_make_no_study_are_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps({"text": f"text {n}", "label": 1}) for n in range(50)))
     code, _, error = run(tiny(tmp_path / "run", "--data.file", str(file)), capsys)
     assert code == 2 and "all 50 labels are class 1; expected both classes" in error
+    reviews = write_reviews(tmp_path / "reviews.jsonl")
+    code, _, error = run(tiny(tmp_path / "run", "--data.file", str(reviews), "--weak", "column:other"), capsys)
+    assert code == 2 and "column:other: no such column; expected one of text, label, ann" in error
+    long = [{"text": f"text {n} " + "soup " * 400, "label": n % 2} for n in range(50)]
+    too_long = tmp_path / "long.jsonl"
+    too_long.write_text("\n".join(map(json.dumps, long)))
+    code, _, error = run(tiny(tmp_path / "run", "--data.file", str(too_long)), capsys)
+    assert code == 2 and "exceeds the context of a model; 50 of 50 texts do" in error
+    code, _, error = run(tiny(tmp_path / "run", "--tasks", "lichess"), capsys)
+    assert code == 2 and "give it as --puzzles" in error
+    assert not (tmp_path / "run").exists()
     file = write_reviews(tmp_path / "few.jsonl", 30)
     code, _, error = run(tiny(tmp_path / "run", "--data.file", str(file)), capsys)
     assert code == 2 and "too few for an interval" in error

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from qinglan.core.run import Run
 from qinglan.evals.weak_to_strong import Admitted
-from qinglan.recipes.weak_to_strong_answers import ANSWERING_METHODS, is_answering
+from qinglan.recipes.weak_to_strong_answers import ANSWERING_METHODS, answer_sides, is_answering
 from qinglan.recipes.weak_to_strong_config import WeakToStrongConfig
 from qinglan.recipes.weak_to_strong_data import (
     OWN_FILE,
@@ -16,6 +16,7 @@ from qinglan.recipes.weak_to_strong_data import (
 )
 from qinglan.recipes.weak_to_strong_grid import Cell, is_model, short
 from qinglan.supervisors.rules import is_rule, load_rule
+from qinglan.supervisors.weak import labels_of_rule
 from qinglan.tasks.judgements import TASKS as JUDGING
 from qinglan.tasks.judgements import task_named
 
@@ -37,7 +38,12 @@ def check_input(config: WeakToStrongConfig, seed: int) -> None:
             load_rule(name, config.data.classes)
     for task in tasks_of(config):
         if task == OWN_FILE:
-            sides_of(config, task, seed, 0)
+            test = sides_of(config, task, seed, 0).test
+            for name in filter(is_rule, config.weak):
+                rule = load_rule(name, config.data.classes)
+                labels_of_rule(rule, [one.case for one in test], [one.fields for one in test], name=name)
+        elif task == "lichess":
+            answer_sides(config, task, seed, 0)
         elif not is_answering(task):
             task_named(task)
 
