@@ -122,7 +122,7 @@ def findings(broken: Sequence[RowError], num_rows: int) -> InputError:
     more = len(broken) - len(lines)
     rest = f", {more} more not shown" if more else ""
     lines.append(
-        f"{len(broken)} of {num_rows} rows cannot be used{rest}; repair them, or leave them out with --on-bad skip"
+        f"{len(broken)} of {num_rows} rows cannot be used{rest}; repair them, or leave them out with on-bad skip (--help: its flag)"
     )
     return InputError("\n".join(lines))
 

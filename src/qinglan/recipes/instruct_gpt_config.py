@@ -49,8 +49,8 @@ class InstructGPTConfig(Config):
     start: SFTConfig = SFTConfig(num_epochs=2, pretrain_fraction=0.1)
     """PPO's starting point and reference policy (paper, C.3)."""
     baseline: SFTConfig = SFTConfig(num_epochs=6, optimizer=OptimizerConfig(learning_rate=5e-4))
-    """The SFT baseline; its checkpoint is chosen by reward-model score on validation prompts (paper, C.1: 16 epochs with
-    dropout, which made models of this size worse)."""
+    """The SFT baseline; its checkpoint is chosen by reward-model score on validation prompts (paper, C.1: 16 epochs
+    with dropout, which made models of this size worse)."""
     reward_model: RewardConfig = RewardConfig(optimizer=OptimizerConfig(learning_rate=1e-3))
     """The reward model (paper, section 3.5 and C.2)."""
     ppo: PPOConfig = PPOConfig(
