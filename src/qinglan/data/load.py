@@ -121,9 +121,8 @@ def findings(broken: Sequence[RowError], num_rows: int) -> InputError:
     lines = [one.line() for one in broken[:MAX_FINDINGS]]
     more = len(broken) - len(lines)
     rest = f", {more} more not shown" if more else ""
-    lines.append(
-        f"{len(broken)} of {num_rows} rows cannot be used{rest}; repair them, or leave them out with on-bad skip (--help: its flag)"
-    )
+    advice = "repair them, or leave them out with on-bad skip (--help has its flag)"
+    lines.append(f"{len(broken)} of {num_rows} rows cannot be used{rest}; {advice}")
     return InputError("\n".join(lines))
 
 
