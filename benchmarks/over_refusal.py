@@ -8,15 +8,17 @@ refusal and a faulty reply, and how often each trained model refuses, serves har
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
 from qinglan.core.device import Device
-from qinglan.core.records import Completion, Prompt, Scorer, Split, record_id
+from qinglan.core.records import Completion, Scorer, Split
 from qinglan.models.generate import SamplingConfig, sample_completions
 from qinglan.models.heads import as_scorer, load_scalar_model
 from qinglan.models.language_model import load_language_model
 from qinglan.tasks.assistant import World, draw_prompts, overall
+from qinglan.tasks.assistant_data import given_completion
 from qinglan.tasks.safety import REFUSALS
 
 NUM_PROMPTS = 100
@@ -24,27 +26,13 @@ MODELS = ("start", "baseline", "ppo", "ppo_ceiling")
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 
-def written(prompt: Prompt, text: str) -> Completion:
-    """Return a completion with a given text."""
-    return Completion(
-        id=record_id("completion", prompt.id, text),
-        source="oracle",
-        producer_id="over-refusal",
-        prompt_id=prompt.id,
-        prompt_group_id=prompt.prompt_group_id,
-        split=prompt.split,
-        parents=(prompt.id,),
-        text=text,
-    )
-
-
 def reward_line(world: World, scorer: Scorer) -> str:
     """Return the reward model's mean score of right, refusing and faulty replies."""
-    prompts = world.prompts
+    prompts, made = world.prompts, partial(given_completion, producer_id="over-refusal")
     kinds = {
-        "right": [written(prompt, world.items[prompt.id].good[0]) for prompt in prompts],
-        "refusal": [written(prompt, REFUSALS[i % len(REFUSALS)]) for i, prompt in enumerate(prompts)],
-        "faulty": [written(prompt, [*world.items[prompt.id].faulty.values()][-1]) for prompt in prompts],
+        "right": [made(prompt, world.items[prompt.id].good[0]) for prompt in prompts],
+        "refusal": [made(prompt, REFUSALS[i % len(REFUSALS)]) for i, prompt in enumerate(prompts)],
+        "faulty": [made(prompt, [*world.items[prompt.id].faulty.values()][-1]) for prompt in prompts],
     }
     return "  ".join(f"{kind} {mean(scorer(prompts, replies)):+.2f}" for kind, replies in kinds.items())
 

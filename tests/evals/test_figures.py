@@ -8,7 +8,7 @@ import matplotlib
 import pytest
 
 from qinglan.core.run import Measure
-from qinglan.evals.drawing import MARKERS, PALETTE, WIDTH, series_colours
+from qinglan.evals.drawing import MARKERS, PALETTE, WIDTH, canvas, series_colours
 from qinglan.evals.figures import (
     DotRow,
     Line,
@@ -23,6 +23,7 @@ from qinglan.evals.figures import (
     reliability,
     training_curves,
 )
+from qinglan.evals.marks import name_dot
 from qinglan.evals.metrics import Bin
 
 HALF = Measure(0.6, 0.5, 0.7, 40, "rate")
@@ -164,3 +165,14 @@ def test_text_contrast(shade: int) -> None:
 def test_every_colour_of_the_light_palette_is_its_own() -> None:
     assert len({pair.light for pair in PALETTE.values()}) == len(PALETTE)  # the way back from colour to name needs it
     assert WIDTH <= 420  # wider drawings are too small to read on a phone
+
+
+def test_a_series_is_named_where_there_is_room_and_at_its_last_row_in_any_case():
+    wide, narrow = Measure(0.5, 0.02, 0.98, 9, "rate"), Measure(0.2, 0.1, 0.3, 9, "rate")
+    with canvas(400, 100) as sheet:
+        axes = sheet.axes(100, 0, 200, 100)
+        axes.set_xlim(0, 1)
+        # "length" needs 0.045 x 6 + 0.06 = 0.33 of the axis; 0.02 is left on either side of the one, 0.7 of the other.
+        assert not name_dot(axes, wide, 0.5, "length", "base", always=False)
+        assert name_dot(axes, narrow, 0.5, "length", "base", always=False)
+        assert name_dot(axes, wide, 0.5, "length", "base")

@@ -135,9 +135,10 @@ def _rows_chart(
                     marks.value_column(sheet, measure, top + line, colours[name])
                 elif is_finite(measure.value):
                     sheet.text(width, top + line, write_value(measure), colours[name], ha="right", fontsize=11)
-                if name in unnamed and is_finite(measure.value):
-                    marks.name_dot(axes, measure, line, name, colours[name])
-                    unnamed.discard(name)
+                if name in unnamed:
+                    is_last = not any(name in later.dots for later in rows[place + 1 :])
+                    if marks.name_dot(axes, measure, line, name, colours[name], always=is_last):
+                        unnamed.discard(name)
         if reference is not None:
             marks.level(sheet, axes, reference, reference_label, top)
         if before:

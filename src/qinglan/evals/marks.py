@@ -76,15 +76,23 @@ def level(sheet: Canvas, axes: Axes, value: float, label: str, top: float) -> No
     sheet.text(x, top - 12, label, "muted", fontsize=11, ha="center")
 
 
-def name_dot(axes: Axes, measure: Measure, y: float, name: str, colour: str) -> None:
-    """Write a series' name beside its interval, on the side where there is room."""
+def name_dot(axes: Axes, measure: Measure, y: float, name: str, colour: str, *, always: bool = True) -> bool:
+    """Write a series' name beside its interval, on the side where there is room; return whether it stands there.
+
+    Where there is room on neither side it is written only if it must be, on the side with more.
+    """
     low, high = axes.get_xlim()
     if not is_finite(measure.value):
-        return
+        return False
     start, end = ends_of(measure) or (measure.value, measure.value)
-    fits_right = (high - end) / (high - low) > 0.045 * len(name) + 0.06
-    spot, offset, align = (end, 9, "left") if fits_right else (start, -9, "right")
+    needed = (0.045 * len(name) + 0.06) * (high - low)
+    room_left, room_right = start - low, high - end
+    if max(room_left, room_right) < needed and not always:
+        return False
+    goes_right = room_right > needed or room_right > room_left
+    spot, offset, align = (end, 9, "left") if goes_right else (start, -9, "right")
     note(axes, name, (spot, y), (offset, 0), color=ink(colour), ha=align, va="center")
+    return True
 
 
 def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:

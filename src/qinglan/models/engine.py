@@ -98,6 +98,7 @@ class Engine:
         requests: Sequence[Request],
         num_samples: int,
         config: SamplingConfig,
+        *,
         memory: RowMemory,
         num_slots: int,
         on_done: Callable[[int], None] | None = None,

@@ -109,7 +109,8 @@ def generate_requests(
     with _sampling_mode(lm):
         memory, num_slots = _memory_for(lm, requests, num_samples, config)
         on_done = None if progress is None else progress.show
-        return Engine(lm, requests, num_samples, config, memory, num_slots, on_done).run()
+        engine = Engine(lm, requests, num_samples, config, memory=memory, num_slots=num_slots, on_done=on_done)
+        return engine.run()
 
 
 def sample_completions(

@@ -60,12 +60,11 @@ def main(config: InstructGPTConfig, options: Options) -> CommandResult:
     if config.larger_model is not None and data.world is not None:
         larger = load_language_model(resolve_model(config.larger_model), device)
     judging_base = reward_base(config, base, larger)
-    models = {"model": config.model, "larger_model": larger and config.larger_model, "reward_base": config.reward_base}
+    names = {"model": config.model, "larger_model": larger and config.larger_model, "reward_base": config.reward_base}
+    inputs = data.files | {role: resolve_model(name) for role, name in names.items() if name}
     out = options.out or Path("runs/instruct-gpt")
     with Run.open(out, config, seed=options.seed, recipe="instruct-gpt", resume=options.resume) as run:
-        for name, path in (
-            data.files.items() | {name: resolve_model(one) for name, one in models.items() if one}.items()
-        ):
+        for name, path in inputs.items():
             run.add_input(name, path)
         outcome = align(config, run, base, judging_base, data)
         if data.world is not None:

@@ -130,7 +130,9 @@ def ceiling(run: Run, config: WeakToStrongConfig, cell: Cell, stage: Stage) -> d
     lm, read = open_model(config, cell.model), reading_of(run, config, cell, cell.model)
     half = "half_a" if cell.method == "released" else "half_b"
     training = training_of(config, cell).model_copy(update={"loss": "naive"})
-    return fine_tuned(run, cell, stage, lm, read, read.labelled(half), read.labelled("valid"), training)
+    return fine_tuned(
+        run, cell, stage, lm, read, taught=read.labelled(half), valid=read.labelled("valid"), training=training
+    )
 
 
 def student(run: Run, config: WeakToStrongConfig, cell: Cell, stage: Stage) -> dict[str, Any]:
@@ -146,7 +148,7 @@ def student(run: Run, config: WeakToStrongConfig, cell: Cell, stage: Stage) -> d
         texts = [one._replace(num_prompt_tokens=1) for case in known for one in encode_case(lm, case)]
         before = run.stage(f"{cell.name}/texts", run.config_hash)
         lm = train_on_texts(lm, texts, config.texts, stage=before, seed=fit_seed(run, cell))
-    return fine_tuned(run, cell, stage, lm, read, weak, valid, training_of(config, cell))
+    return fine_tuned(run, cell, stage, lm, read, taught=weak, valid=valid, training=training_of(config, cell))
 
 
 def link(run: Run, config: WeakToStrongConfig, cell: Cell, stage: Stage) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def fine_tuned(
     stage: Stage,
     lm: LanguageModel,
     read: Reading,
+    *,
     taught: Labelled,
     valid: Labelled,
     training: ClassifierConfig,

@@ -135,16 +135,17 @@ def candidates_to_rank(
         kept = [next(one for one in own if one.text == text) for text in texts if text][:num_own]
         for text in strange:
             if len(kept) < count and text and text not in {one.text for one in kept}:
-                kept.append(_added(prompt, text))
+                kept.append(given_completion(prompt, text, "added-candidate"))
         ranked.append(kept)
     return ranked
 
 
-def _added(prompt: Prompt, text: str) -> Completion:
+def given_completion(prompt: Prompt, text: str, producer_id: str) -> Completion:
+    """Return a completion whose text the world made, and no model."""
     return Completion(
         id=record_id("completion", prompt.id, text),
         source="oracle",
-        producer_id="added-candidate",
+        producer_id=producer_id,
         prompt_id=prompt.id,
         prompt_group_id=prompt.prompt_group_id,
         split=prompt.split,

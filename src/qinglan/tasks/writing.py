@@ -132,79 +132,83 @@ CONSTRAINTS = ("word_count", "without_letter", "first_letter", "one_word")
 
 def constrained(draw: Draw) -> Item:
     """A list or sentence under a constraint: exactly n words, without a letter, with a first letter, one word only."""
-    rng = draw.rng
-    kind = rng.choice(sorted(USES))
-    constraint = rng.choice(CONSTRAINTS)
-    pool = lx.KINDS[kind]
+    kind = draw.rng.choice(sorted(USES))
+    constraint = draw.rng.choice(CONSTRAINTS)
     if constraint == "word_count":
-        count = rng.randrange(4, 8)
-        subject = rng.choice(lx.ANIMALS)
-        form = draw.wording(
-            (
-                "Describe the {s} in {n} words.",
-                "In {n} words, write about the {s}.",
-                "Write {n} words about the {s}.",
-                "Tell me about the {s} in {n} words.",
-            )
-        )
-        prompt = form.format(s=subject, n=lx.NUMBER_WORDS[count])
-        base = ["The", subject, "is"]
-        tail = {4: "{q}", 5: "very {q}", 6: "{q} and {r}", 7: "{q} and very {r}"}[count]
-        q, r = rng.sample(lx.GOOD_WORDS, 2)
-        good = " ".join([*base, tail.format(q=q, r=r)]) + "."
-        ignored = good[:-1] + f" and lives near the {rng.choice(lx.PLACES)}."
-        key = {"constraint": constraint, "count": count, "subject": subject}
-        return Item("constraint", ("constraint", constraint), (user(prompt),), key, (good,), {"ignored": ignored})
+        return _in_so_many_words(draw)
     if constraint == "one_word":
-        form = draw.wording(
-            (
-                "Answer in one word: name {k}.",
-                "Name {k} in one word.",
-                "In one word, name {k}.",
-                "Give one word only: {k}.",
-            )
+        return _in_one_word(draw, kind)
+    return _by_letter(draw, kind, constraint)
+
+
+def _constraint_item(prompt: str, key: Key, good: str, ignored: str) -> Item:
+    """Return an item with one good reply and one that meets the request and not the constraint."""
+    tags = ("constraint", key["constraint"])
+    return Item("constraint", tags, (user(prompt),), key, (good,), {"ignored": ignored})
+
+
+def _in_so_many_words(draw: Draw) -> Item:
+    rng = draw.rng
+    count = rng.randrange(4, 8)
+    subject = rng.choice(lx.ANIMALS)
+    form = draw.wording(
+        (
+            "Describe the {s} in {n} words.",
+            "In {n} words, write about the {s}.",
+            "Write {n} words about the {s}.",
+            "Tell me about the {s} in {n} words.",
         )
-        member = rng.choice(pool)
-        prompt = form.format(k=a(kind))
-        ignored = f"I think that {a(member)} is a good {kind}."
-        key = {"constraint": constraint, "kind": kind}
-        return Item(
-            "constraint",
-            ("constraint", constraint),
-            (user(prompt),),
-            key,
-            (member.capitalize() + ".",),
-            {"ignored": ignored},
+    )
+    tail = {4: "{q}", 5: "very {q}", 6: "{q} and {r}", 7: "{q} and very {r}"}[count]
+    q, r = rng.sample(lx.GOOD_WORDS, 2)
+    good = f"The {subject} is {tail.format(q=q, r=r)}."
+    ignored = f"{good[:-1]} and lives near the {rng.choice(lx.PLACES)}."
+    key = {"constraint": "word_count", "count": count, "subject": subject}
+    return _constraint_item(form.format(s=subject, n=lx.NUMBER_WORDS[count]), key, good, ignored)
+
+
+def _in_one_word(draw: Draw, kind: str) -> Item:
+    form = draw.wording(
+        (
+            "Answer in one word: name {k}.",
+            "Name {k} in one word.",
+            "In one word, name {k}.",
+            "Give one word only: {k}.",
         )
-    letter = rng.choice("eao") if constraint == "without_letter" else rng.choice([member[0] for member in pool])
-    fits = [m for m in pool if (letter not in m if constraint == "without_letter" else m[0] == letter)]
-    misses = [m for m in pool if m not in fits]
-    count = min(len(fits), rng.randrange(2, 4)) if constraint == "without_letter" else 1
+    )
+    member = draw.rng.choice(lx.KINDS[kind])
+    key = {"constraint": "one_word", "kind": kind}
+    ignored = f"I think that {a(member)} is a good {kind}."
+    return _constraint_item(form.format(k=a(kind)), key, f"{member.capitalize()}.", ignored)
+
+
+def _by_letter(draw: Draw, kind: str, constraint: str) -> Item:
+    rng, pool = draw.rng, lx.KINDS[kind]
+    is_without = constraint == "without_letter"
+    letter = rng.choice("eao") if is_without else rng.choice([member[0] for member in pool])
+    fits = [member for member in pool if (letter not in member if is_without else member[0] == letter)]
+    misses = [member for member in pool if member not in fits]
+    count = min(len(fits), rng.randrange(2, 4)) if is_without else 1
     if count == 0:
         return constrained(draw)
-    if constraint == "without_letter":
-        form = draw.wording(
-            (
-                "Name {n} {k}s without the letter {l}.",
-                "Give me {n} {k}s with no {l} in them.",
-                "List {n} {k}s without {l}.",
-                "Tell me {n} {k}s that have no letter {l}.",
-            )
-        )
-    else:
-        form = draw.wording(
-            (
-                "Name {ak} that starts with {l}.",
-                "Give me {ak} with {l} as its first letter.",
-                "Which {k} starts with {l}?",
-                "Tell me {ak} that begins with {l}.",
-            )
-        )
-    prompt = form.format(n=lx.NUMBER_WORDS[count], k=kind, ak=a(kind), l=letter)
+    without = (
+        "Name {n} {k}s without the letter {l}.",
+        "Give me {n} {k}s with no {l} in them.",
+        "List {n} {k}s without {l}.",
+        "Tell me {n} {k}s that have no letter {l}.",
+    )
+    beginning = (
+        "Name {ak} that starts with {l}.",
+        "Give me {ak} with {l} as its first letter.",
+        "Which {k} starts with {l}?",
+        "Tell me {ak} that begins with {l}.",
+    )
+    form = draw.wording(without if is_without else beginning)
     good = ", ".join(rng.sample(fits, count)).capitalize() + "."
     ignored = ", ".join(rng.sample(misses, min(count, len(misses))) or fits[:1]).capitalize() + "."
     key = {"constraint": constraint, "kind": kind, "letter": letter, "count": count}
-    return Item("constraint", ("constraint", constraint), (user(prompt),), key, (good,), {"ignored": ignored})
+    prompt = form.format(n=lx.NUMBER_WORDS[count], k=kind, ak=a(kind), l=letter)
+    return _constraint_item(prompt, key, good, ignored)
 
 
 def grade_constrained(key: Key, text: str) -> Grade:
