@@ -217,6 +217,9 @@ def read_settings(name: str, command: Command, kind: Any, arguments: list[str]) 
     settings = overlay(defaults_of(kind), preset if isinstance(preset, dict) else preset.model_dump())
     if common.config is not None:
         changes = read_config_file(common.config)
+        if "seed" in changes:  # a run's config.yaml tells it; the flag wins
+            seed = build(CommonOptions, {"seed": changes.pop("seed")}, f"--config {common.config}").seed
+            common = common if "seed" in common.model_fields_set else common.model_copy(update={"seed": seed})
         check_keys(kind, changes, f"--config {common.config}")
         settings = overlay(settings, changes)
     config = build(kind, overlay(settings, values), name)

@@ -198,15 +198,19 @@ def test_a_finished_run_is_refused_resumed_and_repeated(run, refused, model_dir,
     assert resumed["metrics"] == first["metrics"]
     assert (out / "stages" / "sft" / "model" / "model.safetensors").stat().st_mtime_ns == written
 
-    repeated = run("sft", "--config", out / "config.yaml", "--seed", 3, "--out", again, "--json")
+    repeated = run("sft", "--config", out / "config.yaml", "--out", again, "--json")  # config.yaml tells the seed: 3
     assert json.loads(repeated.out)["metrics"] == first["metrics"]
+    other_seed = ("sft", "--config", out / "config.yaml", "--seed", 4, "--out", out, "--resume")  # the flag wins
+    assert "holds a run with seed 3, not 4" in refused(*other_seed)
 
     with Run.open(out, read_command(out), seed=3, recipe="sft", resume=True):
         assert "another process is working in this folder" in refused(*command, "--out", out, "--resume")
 
 
 def read_command(out: Path) -> SFTCommand:
-    return SFTCommand(**yaml.safe_load((out / "config.yaml").read_text()))
+    values = yaml.safe_load((out / "config.yaml").read_text())
+    assert values.pop("seed") == 3
+    return SFTCommand(**values)
 
 
 def test_without_held_out_groups_nothing_is_measured_but_the_model_is_there(

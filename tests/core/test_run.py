@@ -43,6 +43,25 @@ def test_another_seed_is_refused_before_it_empties_the_stages(tmp_path):
         assert json.loads((run.dir / "lineage.json").read_text())["seed"] == 3
 
 
+def test_lineage_names_the_run_that_an_input_came_from(tmp_path):
+    with opened(tmp_path / "first", seed=3) as first:
+        model = first.dir / "stages" / "sft" / "model"
+        model.mkdir(parents=True)
+        (model / "config.json").write_text("{}")
+    (tmp_path / "own.jsonl").write_text("{}\n")
+    with opened(tmp_path / "second", seed=4) as second:
+        second.add_input("model", model)
+        second.add_input("prompts", tmp_path / "own.jsonl")
+    [parent] = json.loads((second.dir / "lineage.json").read_text())["parents"]
+    assert parent == {
+        "input": "model",
+        "run": str(first.dir),
+        "recipe": "test",
+        "config_hash": first.config_hash,
+        "seed": 3,
+    }
+
+
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="is not empty and holds no run"):

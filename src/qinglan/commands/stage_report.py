@@ -62,7 +62,7 @@ def conclude(run: Run, stage: Stage, found: StageFindings) -> CommandResult:
         sections=(*curves_section(run, stage, found.curves), *found.sections),
         alarms=found.alarms,
         unscored=found.unscored,
-        config_yaml=to_yaml(run.config),
+        config_yaml=to_yaml(run.config, run.seed),
         lineage=read_json(run.dir / "lineage.json"),
         row_names=found.row_names,
         rows_caption=found.rows_caption,

@@ -93,6 +93,7 @@ def overlay(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def to_yaml(config: Config) -> str:
-    """Return the resolved configuration as YAML that `--config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def to_yaml(config: Config, seed: int) -> str:
+    """Return the seed and the resolved configuration as YAML that `--config` reads back."""
+    values = {"seed": seed} | config.model_dump(mode="json")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -139,6 +139,7 @@ class Run:
         clock = self.dir / "stages" / "clock.json"
         self.earlier_seconds: float = read_json(clock)["seconds"] if clock.is_file() else 0.0
         self.inputs: dict[str, str] = {}
+        self.parents: list[dict[str, Any]] = []
         self._lock: TextIO | None = None
 
     def __enter__(self) -> Self:
@@ -159,17 +160,17 @@ class Run:
         """
         run = cls(directory, config, seed, recipe, quiet)
         config_file = run.dir / "config.yaml"
-        text = to_yaml(config)
+        text = to_yaml(config, seed)
         if config_file.is_file():
             if not resume:
                 raise InputError(
                     f"{run.dir}: holds a run already; add --resume to go on with it, or choose another --out"
                 )
+            run._check_seed()
             if config_file.read_text(encoding="utf-8") != text:
                 raise InputError(
                     f"{run.dir}: holds a run with another configuration (see {config_file}); choose another --out"
                 )
-            run._check_seed()
         elif run.dir.is_dir() and any(run.dir.iterdir()):
             raise InputError(f"{run.dir}: is not empty and holds no run; choose another --out")
         write_text(config_file, text)
@@ -207,15 +208,21 @@ class Run:
                 "seed": self.seed,
                 "code": code_version(),
                 "inputs": self.inputs,
+                "parents": self.parents,
                 "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
             },
         )
 
     def add_input(self, name: str, path: Path) -> str:
-        """Record an input's hash in lineage.json and return it. Raises `InputError` if it is not there."""
+        """Record an input's hash, and the run that made it, in lineage.json; return the former.
+
+        Raises `InputError` if the input is not there.
+        """
         if not Path(path).exists():
             raise InputError(f"{name}: {path}: no such file or folder")
         self.inputs[name] = f"{path} sha256:{sha256_of(Path(path))}"
+        if (parent := _run_that_made(Path(path))) is not None:
+            self.parents.append({"input": name, **parent})
         self._write_lineage()
         return self.inputs[name]
 
@@ -273,6 +280,15 @@ class Run:
         """Write report.json and return its path."""
         write_json(self.dir / "report.json", report.to_json())
         return self.dir / "report.json"
+
+
+def _run_that_made(path: Path) -> dict[str, Any] | None:
+    """Return folder, recipe, configuration's hash and seed of the run in whose folder an input lies; None for none."""
+    for folder in path.resolve().parents:
+        if (folder / "lineage.json").is_file() and (folder / "config.yaml").is_file():
+            made = read_json(folder / "lineage.json")
+            return {"run": str(folder)} | {key: made.get(key) for key in ("recipe", "config_hash", "seed")}
+    return None
 
 
 def _part_key(part: Any) -> Any:

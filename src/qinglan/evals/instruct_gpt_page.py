@@ -47,7 +47,7 @@ def draw_page(run: Run, report: Report, outcome: Outcome, found: Findings, peopl
         sections=tuple(section for section in sections if section is not None),
         alarms=tuple(report.alarms),
         unscored=report.unscored,
-        config_yaml=to_yaml(run.config),
+        config_yaml=to_yaml(run.config, run.seed),
         lineage=read_json(run.dir / "lineage.json"),
         row_names={
             "floor": "SFT on demonstrations",

@@ -39,7 +39,7 @@ def draw_page(run: Run, report: Report, found: Findings) -> Page:
         metrics=report.metrics,
         sections=tuple(section for section in sections if section is not None),
         alarms=tuple(report.alarms),
-        config_yaml=to_yaml(run.config),
+        config_yaml=to_yaml(run.config, run.seed),
         lineage=read_json(run.dir / "lineage.json"),
         row_names={
             "floor": f"Weak supervisor ({weak})",
