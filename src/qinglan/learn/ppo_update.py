@@ -21,6 +21,7 @@ from qinglan.core.rng import permutation, stream_seed
 from qinglan.learn.batch import make_batches
 from qinglan.learn.checks import check_ratio
 from qinglan.learn.compiling import Compiled, compile_trunks
+from qinglan.learn.episodes import episode_states, make_episode_batches
 from qinglan.learn.optimize import (
     check_finite,
     clip_gradients,
@@ -42,6 +43,7 @@ from qinglan.models.language_model import (
     max_context,
     start_of_training,
     target_logprobs,
+    token_logprobs,
 )
 
 
@@ -171,7 +173,7 @@ def update(
     value_norms: list[float] = []
     ptx_losses: list[float] = []
     for epoch in range(config.inner_epochs):
-        order = permutation(config.episodes_per_iteration, seed, "ppo", "minibatch", iteration, epoch)
+        order = minibatch_order(config, seed, iteration, epoch)
         for place in range(0, len(order), config.minibatch_episodes):
             # Gradients of the whole minibatch, however it is cut; those of pretraining go into the same step.
             chosen = order[place : place + config.minibatch_episodes]
@@ -199,6 +201,16 @@ def update(
     return metrics
 
 
+def minibatch_order(config: PPOConfig, seed: int, iteration: int, epoch: int) -> list[int]:
+    """Return the episodes of one pass in a new order; the samples of one prompt stay together where minibatches allow.
+
+    Together they can share the prompt's computation (`episodes.py`).
+    """
+    together = config.samples_per_prompt if config.minibatch_episodes % config.samples_per_prompt == 0 else 1
+    prompts = permutation(config.episodes_per_iteration // together, seed, "ppo", "minibatch", iteration, epoch)
+    return [prompt * together + sample for prompt in prompts for sample in range(together)]
+
+
 def accumulate_gradients(
     learners: Learners, rollout: Rollout, targets: Targets, chosen: Sequence[int], config: PPOConfig
 ) -> Tally:
@@ -206,17 +218,18 @@ def accumulate_gradients(
     policy, value = learners.policy, learners.value
     num_tokens = int(rollout.completion_mask[list(chosen)].sum())
     tally = Tally()
-    for batch in make_batches([rollout.sequences[i] for i in chosen], max_tokens=config.max_tokens, pack=config.pack):
-        batch = batch.to(policy.device.torch_device)
-        episodes = [chosen[sequence.original] for sequence in batch.sequence_rows]
-        mask = rollout.completion_mask[episodes]
+    models = [policy.model] if value is None else [policy.model, value.model]
+    for batch in make_episode_batches(
+        rollout.sequences, chosen, models, max_tokens=config.max_tokens, pack=config.pack
+    ):
+        mask = rollout.completion_mask[batch.episodes]
 
-        def flat(matrix: Tensor, episodes: list[int] = episodes, mask: Tensor = mask) -> Float[Tensor, " N"]:
+        def flat(matrix: Tensor, episodes: list[int] = batch.episodes, mask: Tensor = mask) -> Float[Tensor, " N"]:
             return matrix[episodes][mask].to(policy.device.torch_device)
 
         with policy.device.autocast():
-            hidden = hidden_states(policy.model, batch)
-            new = target_logprobs(policy.model, hidden, batch, temperature=config.sampling.temperature)
+            states = episode_states(policy.model, batch).before
+            new = token_logprobs(policy.model, states, batch.sampled_ids, temperature=config.sampling.temperature)
         loss = clipped_surrogate(new.logprobs, flat(rollout.logprobs), flat(targets.advantages), config.clip)
         total = (loss.loss.sum() - config.entropy_coef * new.entropy.sum()) / num_tokens
         if not learners.shares_trunk:
@@ -225,11 +238,9 @@ def accumulate_gradients(
         if value is not None:
             if not learners.shares_trunk:
                 with value.device.autocast():
-                    hidden = hidden_states(value.model, batch)
-            values = token_values(value, hidden)
-            # The state before token t ends in token t - 1.
-            before = values[:, :-1][batch.target_mask[:, 1:]]
-            found = value_loss(before, flat(targets.old_values), flat(targets.returns), targets.value_clip)
+                    states = episode_states(value.model, batch).before
+            values = token_values(value, states)
+            found = value_loss(values, flat(targets.old_values), flat(targets.returns), targets.value_clip)
             value_total = found.loss.sum() / num_tokens
             # One backward pass through a shared trunk, where the value loss has its weight; else each model its own.
             (total + config.value_coef * value_total if learners.shares_trunk else value_total).backward()

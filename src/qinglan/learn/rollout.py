@@ -18,10 +18,10 @@ from qinglan.core.records import Completion, FinishReason, Prompt
 from qinglan.core.rng import permutation
 from qinglan.core.run import Stage
 from qinglan.learn.advantages import pad_rows
-from qinglan.learn.batch import make_batches
+from qinglan.learn.episodes import episode_states, make_episode_batches
 from qinglan.models.generate import SamplingConfig, completion_record, generate
 from qinglan.models.heads import ScalarModel, token_values
-from qinglan.models.language_model import LanguageModel, TokenSequence, completion_logprobs, hidden_states
+from qinglan.models.language_model import LanguageModel, TokenSequence, token_logprobs
 
 
 class Rollout(NamedTuple):
@@ -94,21 +94,35 @@ def draw_rollout(
 
 def rollout_logprobs(lm: LanguageModel, rollout: Rollout, temperature: float, max_tokens: int) -> Float[Tensor, "E T"]:
     """Return the log-probabilities of the sampled tokens under any model, of the distribution at `temperature`."""
-    rows = completion_logprobs(lm, rollout.sequences, temperature=temperature, max_tokens=max_tokens)
-    return pad_rows(rows)[0]
+    found = torch.zeros_like(rollout.logprobs)
+    with torch.no_grad(), lm.device.autocast():
+        everything = range(len(rollout.sequences))
+        for batch in make_episode_batches(rollout.sequences, everything, [lm.model], max_tokens=max_tokens):
+            states = episode_states(lm.model, batch).before
+            scored = token_logprobs(
+                lm.model, states, batch.sampled_ids, temperature=temperature, with_entropy=False
+            ).logprobs.cpu()
+            _put(found, rollout, batch.episodes, scored)
+    return found
 
 
 def state_values(value: ScalarModel, rollout: Rollout, max_tokens: int) -> StateValues:
     """Return the value of every state of the rollout, without a gradient: V(s_t) stands at the token before a_t."""
-    rows = [torch.empty(0)] * len(rollout.sequences)
-    end_values = torch.empty(len(rollout.sequences))
+    values, end_values = torch.zeros_like(rollout.logprobs), torch.empty(len(rollout.sequences))
     with torch.no_grad(), value.device.autocast():
-        for batch in make_batches(rollout.sequences, max_tokens=max_tokens, pack=False):
-            values = token_values(value, hidden_states(value.model, batch)).cpu()
-            for index, row, start, end in batch.sequence_rows:
-                first = start + rollout.sequences[index].num_prompt_tokens - 1
-                rows[index], end_values[index] = values[row, first : end - 1], values[row, end - 1]
-    return StateValues(pad_rows(rows)[0], end_values)
+        everything = range(len(rollout.sequences))
+        for batch in make_episode_batches(rollout.sequences, everything, [value.model], max_tokens=max_tokens):
+            states = episode_states(value.model, batch)
+            _put(values, rollout, batch.episodes, token_values(value, states.before).cpu())
+            end_values[batch.episodes] = token_values(value, states.ends).cpu()
+    return StateValues(values, end_values)
+
+
+def _put(table: Float[Tensor, "E T"], rollout: Rollout, episodes: list[int], values: Float[Tensor, " N"]) -> None:
+    """Write values of sampled tokens, episode by episode, into the rows of these episodes."""
+    rows = torch.zeros(len(episodes), table.shape[1])
+    rows[rollout.completion_mask[episodes]] = values
+    table[episodes] = rows
 
 
 def log_samples(stage: Stage, step: int, rollout: Rollout, scores: Sequence[float], count: int) -> None:

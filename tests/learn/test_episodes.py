@@ -1,0 +1,70 @@
+"""Forward passes over episodes: sharing a prompt changes nothing but the work, and is done where it saves some."""
+
+import pytest
+import torch
+from tiny_ppo import draw_targets, gradients, learners_of, roll, small
+from tiny_world import make_lm, make_prompt
+
+from qinglan.learn import episodes
+from qinglan.learn.episodes import make_episode_batches
+from qinglan.learn.ppo_update import accumulate_gradients, minibatch_order
+from qinglan.learn.prompt_sharing import TreeBatch
+from qinglan.learn.rollout import rollout_logprobs, state_values
+from qinglan.models.heads import scalar_model_from
+from qinglan.models.language_model import TokenSequence
+
+LONG = [make_prompt(text * 8) for text in ("abc", "hello", "x y", "who?", "1+1", "zz")]
+
+
+def layouts(lm, rollout, **settings) -> list[type]:
+    batches = make_episode_batches(rollout.sequences, range(len(rollout.sequences)), [lm.model], **settings)
+    return [type(batch.rows) for batch in batches]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "gemma", "mistral"])
+@pytest.mark.parametrize("max_tokens", [4096, 60])
+def test_shared_prompts_give_the_numbers_of_separate_rows(kind, max_tokens, monkeypatch):
+    lm = make_lm(kind)
+    value, rollout = scalar_model_from(lm, seed=0), roll(lm, prompts=LONG)
+    assert set(layouts(lm, rollout, max_tokens=max_tokens)) == {TreeBatch}
+
+    def measured():
+        targets, learners = draw_targets(rollout), learners_of(lm, value)
+        accumulate_gradients(learners, rollout, targets, [11, 3, 2, 0, 7, 6], small(max_tokens=max_tokens))
+        states = state_values(value, rollout, max_tokens)
+        return rollout_logprobs(lm, rollout, 0.7, max_tokens), states.values, states.end_values, gradients(learners)
+
+    shared = measured()
+    monkeypatch.setattr(episodes, "can_share_prompt", lambda model: False)
+    assert TreeBatch not in layouts(lm, rollout, max_tokens=max_tokens)
+    for ours, separate in zip(shared, measured(), strict=True):
+        torch.testing.assert_close(ours, separate, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mistral_sliding", "gemma3"])
+def test_models_with_windows_keep_rows_apart(kind):
+    lm = make_lm(kind)
+    assert TreeBatch not in layouts(lm, roll(lm, prompts=LONG), max_tokens=4096)
+
+
+def test_sharing_is_done_where_it_takes_fewer_products():
+    # D = 16. Two samples of 5 tokens on a prompt of 20: one row of 30 columns, 30 (12 * 16 + 2 * 30) = 7,560 products,
+    # against 2 * 25 (192 + 25) = 10,850. On a prompt of 2 with samples of 60: 122 (192 + 244) = 53,192 against
+    # 2 * 62 (192 + 62) = 31,496.
+    model = make_lm().model
+    for num_prompt, length, pays in ((20, 5, True), (2, 60, False)):
+        sequences = [TokenSequence([*range(4, 4 + num_prompt), *[10 + k] * length], num_prompt) for k in range(2)]
+        [batch] = make_episode_batches(sequences, [0, 1], [model], max_tokens=4096)
+        assert isinstance(batch.rows, TreeBatch) == pays
+        assert batch.episodes == [0, 1]
+        assert batch.sampled_ids.tolist() == [10] * length + [11] * length
+
+
+def test_samples_of_a_prompt_stand_in_one_minibatch_where_they_fit():
+    config = small(episodes_per_iteration=12, samples_per_prompt=3, minibatch_episodes=6)
+    order = minibatch_order(config, 0, 0, 0)
+    assert sorted(order) == list(range(12))
+    assert all(order[k] // 3 == order[k + 1] // 3 == order[k + 2] // 3 for k in range(0, 12, 3))
+    assert order != minibatch_order(config, 0, 0, 1)
+    apart = small(episodes_per_iteration=12, samples_per_prompt=3, minibatch_episodes=4)
+    assert sorted(minibatch_order(apart, 0, 0, 0)) == list(range(12))
