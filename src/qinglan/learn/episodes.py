@@ -89,7 +89,7 @@ def episode_states(model: PreTrainedModel, batch: EpisodeBatch) -> EpisodeStates
         return EpisodeStates(hidden[rows.target_rows, rows.predicting_columns], hidden[rows.end_rows, rows.end_columns])
     hidden = hidden_states(model, rows)
     places, columns = rows.target_mask.nonzero(as_tuple=True)
-    end_rows, ends = (torch.tensor(column) for column in zip(*[(s.row, s.end - 1) for s in rows.sequence_rows]))
+    end_rows, ends = torch.tensor([(one.row, one.end - 1) for one in rows.sequence_rows]).unbind(dim=1)
     return EpisodeStates(hidden[places, columns - 1], hidden[end_rows, ends])
 
 
