@@ -177,7 +177,7 @@ def measure_reward_model(
 ) -> Findings:
     """Return the findings with accuracy, calibration and agreement, on comparisons whose prompts nobody trained on."""
     assert outcome.reward_model is not None
-    scorer, agreement, held_out, attainable = as_scorer(outcome.reward_model), None, None, None
+    scorer, agreement, attainable = as_scorer(outcome.reward_model), None, None
     by_key: Measure | None = None
     if outcome.world is not None:
         prompts, quality = outcome.pools.test_prompts, quality_of(outcome.world)
@@ -198,13 +198,14 @@ def measure_reward_model(
         groups, strangers = judged_by(False), judged_by(True)
         agreement = metrics.labeler_agreement([group.comparison for group in groups], seed=seed)
         attainable = metrics.attainable_accuracy(agreement)
-        held_out = metrics.pair_accuracy(scored(strangers, scorer), seed=seed)
-        by_key = metrics.pair_accuracy(scored(groups, outcome.world.gold()), seed=seed)
+        by_key = metrics.pair_accuracy(scored(groups, scores_of(groups, outcome.world.gold())), seed=seed)
     else:
-        groups = outcome.pools.held_out_comparisons
+        groups, strangers = outcome.pools.held_out_comparisons, []
     if not groups:
         return found
-    table = scored(groups, scorer)
+    scores = scores_of([*groups, *strangers], scorer)
+    table = scored(groups, scores)
+    held_out = metrics.pair_accuracy(scored(strangers, scores), seed=seed) if strangers else None
     reward = RewardFindings(
         metrics.pair_accuracy(table, seed=seed),
         metrics.pair_accuracy_by(table, "score_gap", seed=seed),
@@ -227,12 +228,18 @@ def measure_reward_model(
     return found._replace(reward=reward)
 
 
-def scored(groups: list[ComparisonGroup], scorer: Scorer) -> metrics.PairTable:
-    """Return the pairs of comparisons with the scorer's gap."""
-    prompts = [group.prompt for group in groups for _ in group.completions]
-    completions = [one for group in groups for one in group.completions]
-    flat = iter(scorer(prompts, completions))
-    return metrics.scored_pairs(groups, [[next(flat) for _ in group.completions] for group in groups])
+def scores_of(groups: list[ComparisonGroup], scorer: Scorer) -> dict[tuple[str, str], float]:
+    """Return the score of every completion by (prompt id, completion id), each asked for once however often ranked."""
+    distinct = {(group.prompt.id, one.id): (group.prompt, one) for group in groups for one in group.completions}
+    prompts, completions = zip(*distinct.values(), strict=True)
+    return dict(zip(distinct, scorer(prompts, completions), strict=True))
+
+
+def scored(groups: list[ComparisonGroup], scores: dict[tuple[str, str], float]) -> metrics.PairTable:
+    """Return the pairs of comparisons with the gap of the scores."""
+    return metrics.scored_pairs(
+        groups, [[scores[group.prompt.id, one.id] for one in group.completions] for group in groups]
+    )
 
 
 def measure_on_world(
