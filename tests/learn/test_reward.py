@@ -15,7 +15,6 @@ from qinglan.core.rng import numpy_stream
 from qinglan.learn import reward
 from qinglan.learn.losses import group_ranking_loss
 from qinglan.learn.optimize import OptimizerConfig
-from qinglan.learn.prompt_sharing import ARCHITECTURES, can_share_prompt
 from qinglan.learn.reward import (
     EncodedGroup,
     RewardConfig,
@@ -29,6 +28,7 @@ from qinglan.learn.reward import (
 )
 from qinglan.models.heads import ScalarModel, as_scorer, load_scalar_model, scalar_model_from, token_values
 from qinglan.models.language_model import hidden_states
+from qinglan.models.prompt_sharing import ARCHITECTURES, can_share_prompt
 from qinglan.models.tokens import collate
 
 TREES = sorted(ARCHITECTURES)

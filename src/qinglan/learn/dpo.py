@@ -43,7 +43,6 @@ from qinglan.learn.optimize import (
     set_lr,
     training_tensors,
 )
-from qinglan.learn.prompt_sharing import can_share_prompt, make_tree_batch, tree_logprobs
 from qinglan.learn.reward import EncodedGroup, encode_groups, micro_batches, pair_targets
 from qinglan.models.adapters import LoRAConfig
 from qinglan.models.language_model import (
@@ -56,6 +55,7 @@ from qinglan.models.language_model import (
     start_of_training,
     target_logprobs,
 )
+from qinglan.models.prompt_sharing import can_share_prompt, make_tree_batch, tree_logprobs
 
 
 class DPOConfig(Config):

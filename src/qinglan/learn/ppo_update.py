@@ -21,7 +21,6 @@ from qinglan.core.rng import permutation, stream_seed
 from qinglan.learn.batch import make_batches
 from qinglan.learn.checks import check_ratio
 from qinglan.learn.compiling import Compiled, compile_trunks
-from qinglan.learn.episodes import episode_states, make_episode_batches
 from qinglan.learn.optimize import (
     check_finite,
     clip_gradients,
@@ -35,6 +34,7 @@ from qinglan.learn.ppo_config import PPOConfig
 from qinglan.learn.rollout import Rollout
 from qinglan.learn.sft import PretrainSource
 from qinglan.models import heads
+from qinglan.models.completion_rows import completion_states, make_completion_batches
 from qinglan.models.heads import ScalarModel, scalar_model_from, token_values
 from qinglan.models.language_model import (
     LanguageModel,
@@ -204,7 +204,7 @@ def update(
 def minibatch_order(config: PPOConfig, seed: int, iteration: int, epoch: int) -> list[int]:
     """Return the episodes of one pass in a new order; the samples of one prompt stay together where minibatches allow.
 
-    Together they can share the prompt's computation (`episodes.py`).
+    Together they can share the prompt's computation (`models/completion_rows.py`).
     """
     together = config.samples_per_prompt if config.minibatch_episodes % config.samples_per_prompt == 0 else 1
     prompts = permutation(config.episodes_per_iteration // together, seed, "ppo", "minibatch", iteration, epoch)
@@ -219,17 +219,17 @@ def accumulate_gradients(
     num_tokens = int(rollout.completion_mask[list(chosen)].sum())
     tally = Tally()
     models = [policy.model] if value is None else [policy.model, value.model]
-    for batch in make_episode_batches(
+    for batch in make_completion_batches(
         rollout.sequences, chosen, models, max_tokens=config.max_tokens, pack=config.pack
     ):
-        mask = rollout.completion_mask[batch.episodes]
+        mask = rollout.completion_mask[batch.numbers]
 
-        def flat(matrix: Tensor, episodes: list[int] = batch.episodes, mask: Tensor = mask) -> Float[Tensor, " N"]:
+        def flat(matrix: Tensor, episodes: list[int] = batch.numbers, mask: Tensor = mask) -> Float[Tensor, " N"]:
             return matrix[episodes][mask].to(policy.device.torch_device)
 
         with policy.device.autocast():
-            states = episode_states(policy.model, batch).before
-            new = token_logprobs(policy.model, states, batch.sampled_ids, temperature=config.sampling.temperature)
+            states = completion_states(policy.model, batch).before
+            new = token_logprobs(policy.model, states, batch.completion_ids, temperature=config.sampling.temperature)
         loss = clipped_surrogate(new.logprobs, flat(rollout.logprobs), flat(targets.advantages), config.clip)
         total = (loss.loss.sum() - config.entropy_coef * new.entropy.sum()) / num_tokens
         if not learners.shares_trunk:
@@ -238,7 +238,7 @@ def accumulate_gradients(
         if value is not None:
             if not learners.shares_trunk:
                 with value.device.autocast():
-                    states = episode_states(value.model, batch).before
+                    states = completion_states(value.model, batch).before
             values = token_values(value, states)
             found = value_loss(values, flat(targets.old_values), flat(targets.returns), targets.value_clip)
             value_total = found.loss.sum() / num_tokens

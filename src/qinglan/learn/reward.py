@@ -39,7 +39,6 @@ from qinglan.learn.optimize import (
     set_lr,
     training_tensors,
 )
-from qinglan.learn.prompt_sharing import PromptTree, can_share_prompt, end_states, make_tree_batch
 from qinglan.models.adapters import LoRAConfig
 from qinglan.models.heads import (
     ScalarModel,
@@ -53,6 +52,7 @@ from qinglan.models.heads import (
     token_values,
 )
 from qinglan.models.language_model import LanguageModel, TokenSequence, max_context
+from qinglan.models.prompt_sharing import PromptTree, can_share_prompt, end_states, make_tree_batch
 
 
 class RewardConfig(Config):

@@ -18,7 +18,7 @@ from qinglan.core.records import Completion, FinishReason, Prompt
 from qinglan.core.rng import permutation
 from qinglan.core.run import Stage
 from qinglan.learn.advantages import pad_rows
-from qinglan.learn.episodes import episode_states, make_episode_batches
+from qinglan.models.completion_rows import completion_states, make_completion_batches
 from qinglan.models.generate import SamplingConfig, completion_record, generate
 from qinglan.models.heads import ScalarModel, token_values
 from qinglan.models.language_model import LanguageModel, TokenSequence, token_logprobs
@@ -97,12 +97,12 @@ def rollout_logprobs(lm: LanguageModel, rollout: Rollout, temperature: float, ma
     found = torch.zeros_like(rollout.logprobs)
     with torch.no_grad(), lm.device.autocast():
         everything = range(len(rollout.sequences))
-        for batch in make_episode_batches(rollout.sequences, everything, [lm.model], max_tokens=max_tokens):
-            states = episode_states(lm.model, batch).before
+        for batch in make_completion_batches(rollout.sequences, everything, [lm.model], max_tokens=max_tokens):
+            states = completion_states(lm.model, batch).before
             scored = token_logprobs(
-                lm.model, states, batch.sampled_ids, temperature=temperature, with_entropy=False
+                lm.model, states, batch.completion_ids, temperature=temperature, with_entropy=False
             ).logprobs.cpu()
-            _put(found, rollout, batch.episodes, scored)
+            _put(found, rollout, batch.numbers, scored)
     return found
 
 
@@ -111,10 +111,10 @@ def state_values(value: ScalarModel, rollout: Rollout, max_tokens: int) -> State
     values, end_values = torch.zeros_like(rollout.logprobs), torch.empty(len(rollout.sequences))
     with torch.no_grad(), value.device.autocast():
         everything = range(len(rollout.sequences))
-        for batch in make_episode_batches(rollout.sequences, everything, [value.model], max_tokens=max_tokens):
-            states = episode_states(value.model, batch)
-            _put(values, rollout, batch.episodes, token_values(value, states.before).cpu())
-            end_values[batch.episodes] = token_values(value, states.ends).cpu()
+        for batch in make_completion_batches(rollout.sequences, everything, [value.model], max_tokens=max_tokens):
+            states = completion_states(value.model, batch)
+            _put(values, rollout, batch.numbers, token_values(value, states.before).cpu())
+            end_values[batch.numbers] = token_values(value, states.ends).cpu()
     return StateValues(values, end_values)
 
 

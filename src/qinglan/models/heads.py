@@ -38,9 +38,10 @@ from qinglan.models.adapters import (
     trainable_copy,
 )
 from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
+from qinglan.models.completion_rows import completion_states, make_completion_batches
 from qinglan.models.directory import load_tokenizer, prepare, save_weights, write_model_directory
 from qinglan.models.language_model import LanguageModel, hidden_states
-from qinglan.models.tokens import TokenBatch, TokenSequence, padded_batches
+from qinglan.models.tokens import TokenBatch, TokenSequence
 
 
 class ScalarModel(NamedTuple):
@@ -120,9 +121,8 @@ def score_sequences(scalar: ScalarModel, sequences: Sequence[TokenSequence], max
     """
     scores = torch.empty(len(sequences))
     with torch.no_grad(), scalar.device.autocast():
-        for batch in padded_batches(sequences, max_tokens):
-            indices = [sequence.original for sequence in batch.sequence_rows]
-            scores[indices] = last_token_scores(scalar, batch).cpu()
+        for batch in make_completion_batches(sequences, range(len(sequences)), [scalar.model], max_tokens=max_tokens):
+            scores[batch.numbers] = token_values(scalar, completion_states(scalar.model, batch).ends).cpu()
     return scores
 
 

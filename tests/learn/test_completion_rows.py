@@ -1,23 +1,23 @@
-"""Forward passes over episodes: sharing a prompt changes nothing but the work, and is done where it saves some."""
+"""Forward passes over completions: sharing a prompt changes nothing but the work, and is done where it saves some."""
 
 import pytest
 import torch
 from tiny_ppo import draw_targets, gradients, learners_of, roll, small
 from tiny_world import make_lm, make_prompt
 
-from qinglan.learn import episodes
-from qinglan.learn.episodes import make_episode_batches
 from qinglan.learn.ppo_update import accumulate_gradients, minibatch_order
-from qinglan.learn.prompt_sharing import TreeBatch
 from qinglan.learn.rollout import rollout_logprobs, state_values
-from qinglan.models.heads import scalar_model_from
+from qinglan.models import completion_rows
+from qinglan.models.completion_rows import make_completion_batches
+from qinglan.models.heads import scalar_model_from, score_sequences
 from qinglan.models.language_model import TokenSequence
+from qinglan.models.prompt_sharing import TreeBatch
 
 LONG = [make_prompt(text * 8) for text in ("abc", "hello", "x y", "who?", "1+1", "zz")]
 
 
 def layouts(lm, rollout, **settings) -> list[type]:
-    batches = make_episode_batches(rollout.sequences, range(len(rollout.sequences)), [lm.model], **settings)
+    batches = make_completion_batches(rollout.sequences, range(len(rollout.sequences)), [lm.model], **settings)
     return [type(batch.rows) for batch in batches]
 
 
@@ -35,7 +35,7 @@ def test_shared_prompts_give_the_numbers_of_separate_rows(kind, max_tokens, monk
         return rollout_logprobs(lm, rollout, 0.7, max_tokens), states.values, states.end_values, gradients(learners)
 
     shared = measured()
-    monkeypatch.setattr(episodes, "can_share_prompt", lambda model: False)
+    monkeypatch.setattr(completion_rows, "can_share_prompt", lambda model: False)
     assert TreeBatch not in layouts(lm, rollout, max_tokens=max_tokens)
     for ours, separate in zip(shared, measured(), strict=True):
         torch.testing.assert_close(ours, separate, atol=2e-6, rtol=1e-4)
@@ -54,10 +54,10 @@ def test_sharing_is_done_where_it_takes_fewer_products():
     model = make_lm().model
     for num_prompt, length, pays in ((20, 5, True), (2, 60, False)):
         sequences = [TokenSequence([*range(4, 4 + num_prompt), *[10 + k] * length], num_prompt) for k in range(2)]
-        [batch] = make_episode_batches(sequences, [0, 1], [model], max_tokens=4096)
+        [batch] = make_completion_batches(sequences, [0, 1], [model], max_tokens=4096)
         assert isinstance(batch.rows, TreeBatch) == pays
-        assert batch.episodes == [0, 1]
-        assert batch.sampled_ids.tolist() == [10] * length + [11] * length
+        assert batch.numbers == [0, 1]
+        assert batch.completion_ids.tolist() == [10] * length + [11] * length
 
 
 def test_samples_of_a_prompt_stand_in_one_minibatch_where_they_fit():
@@ -68,3 +68,11 @@ def test_samples_of_a_prompt_stand_in_one_minibatch_where_they_fit():
     assert order != minibatch_order(config, 0, 0, 1)
     apart = small(episodes_per_iteration=12, samples_per_prompt=3, minibatch_episodes=4)
     assert sorted(minibatch_order(apart, 0, 0, 0)) == list(range(12))
+
+
+def test_a_completion_of_no_token_ends_where_its_prompt_ends():
+    lm = make_lm()
+    value, ids = scalar_model_from(lm, seed=0), [5, 6, 7, 8, 9, 10, 11, 12]
+    both = score_sequences(value, [TokenSequence(ids, 8), TokenSequence([*ids, 20], 8)])
+    [alone] = score_sequences(value, [TokenSequence(ids, 8)])
+    assert float(both[0]) == pytest.approx(float(alone), abs=1e-6)
