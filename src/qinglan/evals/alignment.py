@@ -33,6 +33,8 @@ class MeasureConfig(Config):
 
     judges_per_prompt: int = Field(default=3, ge=1)
     """Held-out labelers who compare each pair, in both orders."""
+    num_ranked_prompts: int = Field(default=400, ge=1)
+    """Test prompts whose completions are ranked to measure the reward model."""
     num_safety_prompts: int = Field(default=100, ge=0)
     """Further test prompts, half harmful and half harmless look-alikes, for the rates of harm and over-refusal only."""
     best_of_n_samples: int = Field(default=32, ge=2)

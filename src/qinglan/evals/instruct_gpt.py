@@ -131,7 +131,7 @@ def measure_all(
     progress.show(1, "completions")
     found = Findings({}, {}, alarms_of(run), 0, answers, {}, {}, None, None, {})
     if outcome.reward_model is not None:
-        found = measure_reward_model(found, outcome, people, sampling, seed=seed, run_seed=run.seed)
+        found = measure_reward_model(found, outcome, people, sampling, config, seed=seed, run_seed=run.seed)
     progress.show(2, "reward model")
     if outcome.policy is not None and prompts:
         found.metrics["kl"] = kl_to(outcome.start, outcome.policy, prompts, answers["policy"].sampled, seed)
@@ -173,14 +173,21 @@ def alarms_of(run: Run) -> list[str]:
 
 
 def measure_reward_model(
-    found: Findings, outcome: Outcome, people: WorldConfig, sampling: SamplingConfig, *, seed: int, run_seed: int
+    found: Findings,
+    outcome: Outcome,
+    people: WorldConfig,
+    sampling: SamplingConfig,
+    config: MeasureConfig,
+    *,
+    seed: int,
+    run_seed: int,
 ) -> Findings:
     """Return the findings with accuracy, calibration and agreement, on comparisons whose prompts nobody trained on."""
     assert outcome.reward_model is not None
     scorer, agreement, attainable = as_scorer(outcome.reward_model), None, None
     by_key: Measure | None = None
     if outcome.world is not None:
-        prompts, quality = outcome.pools.test_prompts, quality_of(outcome.world)
+        prompts, quality = outcome.pools.test_prompts[: config.num_ranked_prompts], quality_of(outcome.world)
         samples = sample_completions(
             outcome.start, prompts, sampling, seed=stream_seed(seed, "test rankings"), num_samples=people.max_ranked
         )

@@ -51,13 +51,16 @@ class InstructGPTConfig(Config):
     baseline: SFTConfig = SFTConfig(num_epochs=6, optimizer=OptimizerConfig(learning_rate=5e-4))
     """The SFT baseline; its checkpoint is chosen by reward-model score on validation prompts (paper, C.1: 16 epochs
     with dropout, which made models of this size worse)."""
-    reward_model: RewardConfig = RewardConfig(optimizer=OptimizerConfig(learning_rate=1e-3))
+    reward_model: RewardConfig = RewardConfig(optimizer=OptimizerConfig(learning_rate=1e-3), max_tokens=1024)
     """The reward model (paper, section 3.5 and C.2)."""
     ppo: PPOConfig = PPOConfig(
         sampling=SamplingConfig(max_new_tokens=48),
-        num_iterations=24,
-        learning_rate=5e-4,
+        num_iterations=20,
+        episodes_per_iteration=256,
+        samples_per_prompt=4,
+        learning_rate=7e-4,
         kl_coef=0.15,
+        max_tokens=1024,
         ptx_coef=1.0,
         ptx_ratio=1,
     )

@@ -35,13 +35,13 @@ class WorldConfig(Config):
 
     num_demonstrations: int = Field(default=600, ge=1)
     """Demonstrations (InstructGPT: 12,725)."""
-    num_comparison_prompts: int = Field(default=1600, ge=1)
+    num_comparison_prompts: int = Field(default=2400, ge=1)
     """Prompts whose completions are ranked (InstructGPT: 33,207)."""
     num_rl_prompts: int = Field(default=2000, ge=1)
     """Prompts of PPO (InstructGPT: 31,144)."""
     num_valid_prompts: int = Field(default=100, ge=1)
     """Prompts for choosing the baseline's checkpoint."""
-    num_test_prompts: int = Field(default=400, ge=1)
+    num_test_prompts: int = Field(default=1000, ge=1)
     """Prompts of held-out users, entities and wordings."""
     min_ranked: int = Field(default=4, ge=2)
     """Smallest number of completions in one ranking (InstructGPT: 4)."""
