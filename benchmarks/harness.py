@@ -135,8 +135,8 @@ def tuned_options(job: str, setting: str, dtype: str) -> dict[str, Any]:
 def tune(job: str, setting: str, dtype: str, folder: Path, python_of: Callable[[str], str], *, again: bool) -> None:
     """Try every candidate setting of both sides once; write the rates and the best of each side.
 
-    The best is the fastest that computes the same as the other side ("differs" names what does not). Without `again`
-    what was tried before stays.
+    The best is the fastest that computes the same as the other side ("differs" names what does not) and takes no more
+    memory than it ("memory" names what does). Without `again` what was tried before stays.
     """
     module = importlib.import_module(f"benchmarks.{job}")
     path = TUNING / f"{job}-{case_of(setting, dtype)}.json"
@@ -158,7 +158,9 @@ def tune(job: str, setting: str, dtype: str, folder: Path, python_of: Callable[[
                 rates = {"failed": str(error).splitlines()[-1]}
             tried.append({"options": options, **rates})
             print(f"  {job}/{setting} {name} {json.dumps(options)}: {rates}", file=sys.stderr, flush=True)
-            working = [one for one in tried if "rate" in one and not one["options"].keys() & {"bf16", "differs"}]
+            working = [
+                one for one in tried if "rate" in one and not one["options"].keys() & {"bf16", "differs", "memory"}
+            ]
             best = max(working, key=lambda one: one["cpu_rate"])["options"] if working else None
             found[name] = {"tried": tried, "best": best}
             write(path, found)

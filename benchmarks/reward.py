@@ -56,7 +56,7 @@ def peer(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
 
     from benchmarks.trl_side import arguments, scalar_model, tokenizer_of
 
-    model, tokenizer = scalar_model(work), tokenizer_of(work)
+    tokenizer = tokenizer_of(work)
     rows = [
         {"chosen_ids": a["prompt_ids"] + a["completion_ids"], "rejected_ids": b["prompt_ids"] + b["completion_ids"]}
         for ranking in work.data["rankings"][:PROMPTS_PER_STEP]
@@ -72,6 +72,7 @@ def peer(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
 
     def make_slice() -> Callable[[], float]:
         args = RewardConfig(**arguments(**changes))
+        model = scalar_model(work)  # fresh: a trainer leaves its wrappers on a model
         trainer = RewardTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
 
         def run() -> float:

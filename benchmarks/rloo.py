@@ -13,7 +13,11 @@ PEER_NAME = "TRL 1.16 RLOOTrainer"
 MUST_REACH, AIM = 2.5, 4.0
 EPISODES, STEP_EPISODES, K, NEW_TOKENS = 64, 64, 4, 64
 OURS: dict[str, list[dict[str, Any]]] = {
-    "llama": [{"max_tokens": 1024}, {"max_tokens": 2048}, {"max_tokens": 8192}],
+    "llama": [
+        {"max_tokens": 1024},
+        {"max_tokens": 2048, "memory": "15% more than the peer"},
+        {"max_tokens": 8192, "memory": "more than the peer"},
+    ],
     "mini": [{"max_tokens": 2048}],
 }
 PEER: dict[str, list[dict[str, Any]]] = {

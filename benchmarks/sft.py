@@ -63,7 +63,7 @@ def peer(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
 
     from benchmarks.trl_side import arguments, causal_model, tokenizer_of
 
-    model, tokenizer = causal_model(work), tokenizer_of(work)
+    tokenizer = tokenizer_of(work)
     chats = work.data["chats"][: NUM_CHATS[work.setting]]
     rows = [
         {
@@ -89,7 +89,7 @@ def peer(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
 
     def make_slice() -> Callable[[], float]:
         trainer = SFTTrainer(
-            model=model,
+            model=causal_model(work),  # a trainer leaves its wrappers on a model: a second one is a third slower
             args=SFTConfig(**arguments(**changes)),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,

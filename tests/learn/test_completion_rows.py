@@ -48,9 +48,9 @@ def test_models_with_windows_keep_rows_apart(kind):
 
 
 def test_sharing_is_done_where_it_takes_fewer_products():
-    # D = 16. Two samples of 5 tokens on a prompt of 20: one row of 30 columns, 30 (12 * 16 + 2 * 30) = 7,560 products,
-    # against 2 * 25 (192 + 25) = 10,850. On a prompt of 2 with samples of 60: 122 (192 + 244) = 53,192 against
-    # 2 * 62 (192 + 62) = 31,496.
+    # D = 16. Two samples of 5 tokens on a prompt of 20: one row of 30 columns, 30 (12 * 16 + 4 * 30) = 9,360, against
+    # 2 * 25 (192 + 50) = 12,100. On a prompt of 2 with samples of 60: 122 (192 + 488) = 82,960 against
+    # 2 * 62 (192 + 124) = 39,184.
     model = make_lm().model
     for num_prompt, length, pays in ((20, 5, True), (2, 60, False)):
         sequences = [TokenSequence([*range(4, 4 + num_prompt), *[10 + k] * length], num_prompt) for k in range(2)]

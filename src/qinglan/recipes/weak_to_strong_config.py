@@ -20,6 +20,7 @@ DEFAULT_TASKS = (
     "values",
     "values_recalled",
     "traits",
+    "grammar",
     "disputes",
     "membership",
     "told",
@@ -35,7 +36,7 @@ DEFAULT_TASKS = (
 class WeakToStrongConfig(Config):
     """A grid of tasks, weak supervisors, strong students, methods and seeds."""
 
-    weak: tuple[str, ...] = ("nano",)
+    weak: tuple[str, ...] = ("nano", "micro")
     """Supervisors: sizes of the built-in family, Hugging Face directories, "labelers" (simulated people), or rules:
     "lexicon:FILE", "vader:FILE", "keywords:FILE", "column:NAME" (numbers, or the words of `data.classes`)."""
     strong: tuple[str, ...] = ("mini",)
