@@ -2,7 +2,8 @@
 
 Departures from the paper, all of them settings:
 1. models of 0.2M to 2M parameters on a built-in world; people are simulated, their faults printed in the report;
-2. the small preset takes 1 pretraining sequence per episode (paper: 8), a larger learning rate and a larger beta;
+2. the small preset takes 1 pretraining sequence per episode (paper: 8), 4 samples of a prompt in a rollout (paper: 1,
+   and the same prompts again in later passes), a larger learning rate and a larger beta;
 3. the reward model starts from the larger pretrained model (paper: one of 6B for policies of 1.3B and more);
 4. PPO on the answer key itself, with the same settings, is shown as the ceiling.
 
