@@ -147,7 +147,7 @@ def tune(job: str, setting: str, dtype: str, folder: Path, python_of: Callable[[
             found[name] = {"tried": [], "best": candidates[0]}
             write(path, found)
             continue
-        tried = found.get(name, {}).get("tried", [])
+        tried = [done for done in found.get(name, {}).get("tried", []) if done["options"] in candidates]
         for options in [one for one in candidates if one not in [done["options"] for done in tried]]:
             try:
                 side = Side(job, name, folder, options | {"dtype": dtype}, python_of(name))

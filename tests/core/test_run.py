@@ -52,14 +52,27 @@ def test_lineage_names_the_run_that_an_input_came_from(tmp_path):
     with opened(tmp_path / "second", seed=4) as second:
         second.add_input("model", model)
         second.add_input("prompts", tmp_path / "own.jsonl")
-    [parent] = json.loads((second.dir / "lineage.json").read_text())["parents"]
-    assert parent == {
-        "input": "model",
-        "run": str(first.dir),
-        "recipe": "test",
-        "config_hash": first.config_hash,
-        "seed": 3,
-    }
+    parent = {"run": str(first.dir), "recipe": "test", "config_hash": first.config_hash, "seed": 3}
+    assert json.loads((second.dir / "lineage.json").read_text())["parents"] == {"model": parent}
+
+
+def test_a_damaged_lineage_beside_an_input_stops_nothing(tmp_path):
+    for text in ("{", "[]"):
+        with opened(tmp_path / "first", resume=True) as first:
+            (first.dir / "data.jsonl").write_text("{}\n")
+        (first.dir / "lineage.json").write_text(text)
+        with opened(tmp_path / "second", resume=True) as second:
+            second.add_input("data", first.dir / "data.jsonl")
+        assert second.parents == {}
+        (first.dir / "lineage.json").unlink()
+
+
+def test_a_run_of_before_the_seed_stood_in_its_configuration_goes_on(tmp_path):
+    with opened(tmp_path / "run", seed=3) as run:
+        config = run.dir / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 3\n", ""))
+    with opened(tmp_path / "run", seed=3, resume=True):
+        assert config.read_text().startswith("seed: 3\n")
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):

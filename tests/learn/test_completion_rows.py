@@ -5,6 +5,7 @@ import torch
 from tiny_ppo import draw_targets, gradients, learners_of, roll, small
 from tiny_world import make_lm, make_prompt
 
+from qinglan.core.errors import InputError
 from qinglan.learn.ppo_update import accumulate_gradients, minibatch_order
 from qinglan.learn.rollout import rollout_logprobs, state_values
 from qinglan.models import completion_rows
@@ -26,7 +27,7 @@ def layouts(lm, rollout, **settings) -> list[type]:
 def test_shared_prompts_give_the_numbers_of_separate_rows(kind, max_tokens, monkeypatch):
     lm = make_lm(kind)
     value, rollout = scalar_model_from(lm, seed=0), roll(lm, prompts=LONG)
-    assert set(layouts(lm, rollout, max_tokens=max_tokens)) == {TreeBatch}
+    assert TreeBatch in layouts(lm, rollout, max_tokens=max_tokens)
 
     def measured():
         targets, learners = draw_targets(rollout), learners_of(lm, value)
@@ -76,3 +77,25 @@ def test_a_completion_of_no_token_ends_where_its_prompt_ends():
     both = score_sequences(value, [TokenSequence(ids, 8), TokenSequence([*ids, 20], 8)])
     [alone] = score_sequences(value, [TokenSequence(ids, 8)])
     assert float(both[0]) == pytest.approx(float(alone), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_what_exceeds_the_context_is_refused_with_and_without_company(kind):
+    value = scalar_model_from(make_lm(kind), seed=0)  # a context of 128 tokens
+    for count in (1, 4):
+        sequences = [TokenSequence([5] * 120 + [10 + k] * 20, 120) for k in range(count)]
+        with pytest.raises(InputError, match="the model's context is 128 tokens"):
+            score_sequences(value, sequences)
+
+
+def test_rows_stay_within_the_budget_however_many_samples_share_a_prompt():
+    lm = make_lm()
+    sequences = [TokenSequence([*range(4, 24), 30 + k, 31 + k], 20) for k in range(40)]
+    batches = list(make_completion_batches(sequences, range(40), [lm.model], max_tokens=30))
+    assert all(batch.rows.input_ids.numel() <= 30 for batch in batches)
+    assert sorted(number for batch in batches for number in batch.numbers) == list(range(40))
+    # D = 16: no row is wider than 48 columns, of which 28 are left for completions of 2 tokens.
+    [batch] = make_completion_batches(sequences, range(40), [lm.model], max_tokens=4096)
+    assert isinstance(batch.rows, TreeBatch)
+    assert batch.rows.input_ids.shape == (3, 48)
+    assert batch.numbers == list(range(40))

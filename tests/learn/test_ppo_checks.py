@@ -20,6 +20,8 @@ from qinglan.learn.checks import (
     ratio_errors,
 )
 from qinglan.learn.ppo import PPOConfig, train_ppo
+from qinglan.learn.ppo_metrics import error_of_mean
+from qinglan.learn.rollout import Rollout
 from qinglan.learn.scoring import ask_scorer, charge_missing_eos
 from qinglan.models import language_model
 from qinglan.models.generate import SamplingConfig
@@ -94,7 +96,14 @@ def test_gold_only_measures_and_unscored_is_not_wrong(tmp_path):
     for a, b in zip(with_gold.model.parameters(), without.model.parameters(), strict=True):
         assert torch.equal(a, b)
     row = rows_of(tmp_path / "1")[0]
-    assert (row["gold"], row["num_golds"], row["num_scores"]) == (4.0, 8, 16)
+    assert (row["gold"], row["num_golds"], row["gold_error"]) == (4.0, 8, 0.0)
+
+
+def test_the_error_of_a_mean_is_over_prompts_since_samples_of_one_are_alike():
+    # Two prompts, two samples each: means 1 and 3 (the NaN left out), spread 1, so 1 / sqrt(2) and not 1.2 / sqrt(3).
+    prompts = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    rollout = Rollout(prompts, [], [], [], torch.ones(4, 1, dtype=torch.bool), torch.zeros(4, 1))
+    assert error_of_mean(rollout, [0.0, 2.0, 3.0, math.nan]) == pytest.approx(0.5**0.5)
 
 
 def test_charging_by_finish_reason():
@@ -190,7 +199,7 @@ def test_a_prompt_group_on_two_sides_is_named():
 def history(count: int = 12, **series) -> list[dict[str, float]]:
     """Quiet iterations; `series` maps a metric to a function of the iteration."""
     quiet = {"kl": 0.1, "length": 20.0, "entropy": 2.0, "large_kl_share": 0.0, "score": 0.5, "gold": 0.5}
-    quiet |= {"score_std": 0.3, "gold_std": 0.3, "num_scores": 128, "num_golds": 128, "score_outside_range": 0.0}
+    quiet |= {"score_error": 0.3 / 128**0.5, "gold_error": 0.3 / 128**0.5, "score_outside_range": 0.0}
     return [quiet | {name: value(i) for name, value in series.items()} for i in range(count)]
 
 

@@ -23,7 +23,7 @@ class CommonOptions(Config):
     out: Path | None = None
     """Run folder; commands that keep none write what --json prints into this folder."""
     seed: int = 0
-    """Decides every random draw."""
+    """Decides every random draw; one in the `--config` file stands in for it where it is not given."""
     resume: bool = False
     """Go on with a run folder that was stopped; what is finished in it is kept."""
     as_json: bool = Field(default=False, alias="json")

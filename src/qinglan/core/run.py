@@ -139,7 +139,7 @@ class Run:
         clock = self.dir / "stages" / "clock.json"
         self.earlier_seconds: float = read_json(clock)["seconds"] if clock.is_file() else 0.0
         self.inputs: dict[str, str] = {}
-        self.parents: list[dict[str, Any]] = []
+        self.parents: dict[str, dict[str, Any]] = {}
         self._lock: TextIO | None = None
 
     def __enter__(self) -> Self:
@@ -167,7 +167,7 @@ class Run:
                     f"{run.dir}: holds a run already; add --resume to go on with it, or choose another --out"
                 )
             run._check_seed()
-            if config_file.read_text(encoding="utf-8") != text:
+            if _settings(config_file.read_text(encoding="utf-8")) != _settings(text):
                 raise InputError(
                     f"{run.dir}: holds a run with another configuration (see {config_file}); choose another --out"
                 )
@@ -222,7 +222,7 @@ class Run:
             raise InputError(f"{name}: {path}: no such file or folder")
         self.inputs[name] = f"{path} sha256:{sha256_of(Path(path))}"
         if (parent := _run_that_made(Path(path))) is not None:
-            self.parents.append({"input": name, **parent})
+            self.parents[name] = parent
         self._write_lineage()
         return self.inputs[name]
 
@@ -286,9 +286,18 @@ def _run_that_made(path: Path) -> dict[str, Any] | None:
     """Return folder, recipe, configuration's hash and seed of the run in whose folder an input lies; None for none."""
     for folder in path.resolve().parents:
         if (folder / "lineage.json").is_file() and (folder / "config.yaml").is_file():
-            made = read_json(folder / "lineage.json")
-            return {"run": str(folder)} | {key: made.get(key) for key in ("recipe", "config_hash", "seed")}
+            try:
+                made = json.loads((folder / "lineage.json").read_text(encoding="utf-8"))
+            except ValueError:
+                made = None  # damaged: the input is what counts, and its hash is kept
+            if isinstance(made, dict):
+                return {"run": str(folder)} | {key: made.get(key) for key in ("recipe", "config_hash", "seed")}
     return None
+
+
+def _settings(text: str) -> list[str]:
+    """Return the lines of a config.yaml but the seed's, which has a check of its own and older runs lack."""
+    return [line for line in text.splitlines() if not line.startswith("seed: ")]
 
 
 def _part_key(part: Any) -> Any:

@@ -213,7 +213,7 @@ def mean_score(
 
 
 def range_of(scorer: Scorer, groups: list[ComparisonGroup]) -> tuple[float, float]:
-    """Return the lowest and highest score on comparisons, such as some of those that a reward model learnt from."""
+    """Return the lowest and highest score on comparisons, such as a sample of those that a reward model learnt from."""
     scores = scorer(
         [group.prompt for group in groups for _ in group.completions],
         [one for group in groups for one in group.completions],

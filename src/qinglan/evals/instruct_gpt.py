@@ -238,7 +238,7 @@ def measure_reward_model(
 def scores_of(groups: list[ComparisonGroup], scorer: Scorer) -> dict[tuple[str, str], float]:
     """Return the score of every completion by (prompt id, completion id), each asked for once however often ranked."""
     distinct = {(group.prompt.id, one.id): (group.prompt, one) for group in groups for one in group.completions}
-    prompts, completions = zip(*distinct.values(), strict=True)
+    prompts, completions = [prompt for prompt, _ in distinct.values()], [one for _, one in distinct.values()]
     return dict(zip(distinct, scorer(prompts, completions), strict=True))
 
 

@@ -30,7 +30,7 @@ class AlarmConfig(Config):
     large_kl_share: float = Field(default=0.01, gt=0, le=1)
     """Share of tokens whose log-ratio to the reference exceeds 10 nats; they are counted, never clamped."""
     share_outside_range: float = Field(default=0.25, gt=0, le=1)
-    """Share of an iteration's scores outside the range that the reward model gave in its training."""
+    """Share of an iteration's scores outside the range of a sample of what the reward model learnt from."""
     gold_sigma: float = Field(default=3.0, gt=0)
     """Standard errors by which the gold score must have fallen from its best, and the proxy score risen since then."""
 
@@ -117,9 +117,8 @@ def _gold_falls(history: Sequence[Row], config: AlarmConfig) -> str:
 
 
 def _rise(before: Sequence[Row], after: Sequence[Row], name: str) -> tuple[float, float]:
-    """Return the rise of a mean between two windows with its standard error, from the spread over episodes."""
+    """Return the rise of a mean between two windows with its standard error, from the spread over prompts."""
     variance = 0.0
-    for rows in (before, after):
-        # variance of the mean of `len(rows)` means, each over `num_...s` episodes
-        variance += sum(row[f"{name}_std"] ** 2 / max(row[f"num_{name}s"], 1) for row in rows) / len(rows) ** 2
+    for rows in (before, after):  # variance of the mean of `len(rows)` means
+        variance += sum(row[f"{name}_error"] ** 2 for row in rows) / len(rows) ** 2
     return _mean(after, name) - _mean(before, name), variance**0.5

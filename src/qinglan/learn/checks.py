@@ -50,8 +50,9 @@ def check_start(
     masked_share = masked_row_share([collate(sequences)])
     if masked_share == 1.0:
         raise InputError(f"{where}: no sequence has a token to learn from; expected completions; raise max_new_tokens")
+    probes = sequences[:: max(1, len(sequences) // NUM_PROBES)][:NUM_PROBES]  # samples of one prompt stand together
     return {
-        "start/padding_error": check_padding_invariance(policy, scalar, sequences[:NUM_PROBES], where),
+        "start/padding_error": check_padding_invariance(policy, scalar, probes, where),
         "start/masked_row_share": masked_share,
     }
 

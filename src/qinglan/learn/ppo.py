@@ -132,7 +132,7 @@ def train_ppo(
             with a head of zeros. Read by estimator "gae" with a separate value model only.
         pretrain: the pretraining corpus, by position; wanted where `ptx_coef` is above 0.
         gold: a second scorer that is only logged, to see whether the first is exploited.
-        score_range: lowest and highest score that the reward model gave in its training, for an alarm.
+        score_range: lowest and highest score of a sample of what the reward model learnt from, for an alarm.
 
     Raises:
         InputError: no prompt, one too long, a scorer that raises or gives no number, a step-0 check that fails, a loss

@@ -1,6 +1,8 @@
 """What `train_ppo` logs of scores, lengths, KL, advantages and values of a rollout."""
 
-from statistics import fmean
+import math
+from collections.abc import Sequence
+from statistics import fmean, pstdev
 
 import torch
 from jaxtyping import Float
@@ -26,21 +28,33 @@ def score_metrics(
 ) -> dict[str, float]:
     """Return what is logged of scores, gold scores and how completions ended; here the gold scorer is asked."""
     known = moments_of(torch.tensor(scores))
-    metrics = {"score": known.mean, "score_std": known.std, "num_scores": len(scores)}
+    metrics = {"score": known.mean, "score_std": known.std, "score_error": error_of_mean(rollout, scores)}
     metrics["charged_score"] = fmean(charged)
     if score_range is not None:
         low, high = score_range
         metrics["score_outside_range"] = fmean([float(not low <= score <= high) for score in scores])
     if gold is not None:
         what = f"{where}: the gold scorer"
-        golds = torch.tensor(ask_scorer(gold, rollout.prompts, rollout.completions, what=what, allow_unscored=True))
+        answers = ask_scorer(gold, rollout.prompts, rollout.completions, what=what, allow_unscored=True)
+        golds = torch.tensor(answers)
         measured = moments_of(golds, ~golds.isnan())
         metrics["num_golds"] = measured.num_values
         if measured.num_values:
-            metrics |= {"gold": measured.mean, "gold_std": measured.std}
+            error = error_of_mean(rollout, answers)
+            metrics |= {"gold": measured.mean, "gold_std": measured.std, "gold_error": error}
     for reason in ("eos", "stop", "length"):
         metrics[f"finish_{reason}"] = rollout.finish_reasons.count(reason) / len(scores)
     return metrics
+
+
+def error_of_mean(rollout: Rollout, values: Sequence[float]) -> float:
+    """Return the standard error of a rollout's mean over prompts, whose samples are alike; NaN counts for nothing."""
+    by_prompt: dict[str, list[float]] = {}
+    for prompt, value in zip(rollout.prompts, values, strict=True):
+        if not math.isnan(value):
+            by_prompt.setdefault(prompt.id, []).append(value)
+    means = [fmean(found) for found in by_prompt.values()]
+    return pstdev(means) / len(means) ** 0.5
 
 
 def rollout_metrics(

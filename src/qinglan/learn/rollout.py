@@ -126,9 +126,13 @@ def _put(table: Float[Tensor, "E T"], rollout: Rollout, episodes: list[int], val
 
 
 def log_samples(stage: Stage, step: int, rollout: Rollout, scores: Sequence[float], count: int) -> None:
-    """Append the first `count` episodes to the run's samples.jsonl: {stage, step, prompt, completion, score}."""
+    """Append `count` episodes to the run's samples.jsonl: {stage, step, prompt, completion, score}.
+
+    They are spread over the rollout, since the samples of one prompt stand side by side.
+    """
+    episodes = list(zip(rollout.prompts, rollout.completions, scores, strict=True))
     with (stage.run.dir / "samples.jsonl").open("a", encoding="utf-8") as out:
-        for prompt, completion, score in list(zip(rollout.prompts, rollout.completions, scores, strict=True))[:count]:
+        for prompt, completion, score in episodes[:: max(1, len(episodes) // max(1, count))][:count]:
             row: dict[str, Any] = {"stage": stage.name, "step": step, "prompt": _text_of(prompt)}
             row |= {"completion": completion.text, "score": score}
             out.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -6,7 +6,7 @@ has a row of its own, or is packed with others. The numbers are the same.
 Legend: N completion tokens of a batch, S its completions, D hidden units.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qinglan.models.language_model import TokenBatch, TokenSequence, hidden_states
+from qinglan.models.language_model import TokenBatch, TokenSequence, hidden_states, max_context
 from qinglan.models.prompt_sharing import PromptTree, TreeBatch, can_share_prompt, make_tree_batch, tree_states
 from qinglan.models.tokens import collate, plan_rows
 
@@ -50,34 +50,30 @@ def make_completion_batches(
     *,
     max_tokens: int,
     pack: bool = False,
-) -> list[CompletionBatch]:
-    """Return the `chosen` sequences in batches for forward passes of all `models`, tensors on their device.
+) -> Iterator[CompletionBatch]:
+    """Yield the `chosen` sequences in batches for forward passes of all `models`, tensors on their device.
 
     Args:
         sequences: prompts with completions.
         chosen: numbers in `sequences`.
         models: every model that will read the batches; all must be able to share prompts, or none is shared.
-        max_tokens: budget of rows * columns of one batch; only a row that is longer by itself may exceed it.
-        pack: where no prompt is shared, put several sequences into a row where they fit.
+        max_tokens: budget of rows * columns of one batch; only a single sequence that is longer may exceed it.
+        pack: put several sequences that share no prompt into a row where they fit.
     """
-    device, by_prompt = models[0].device, dict[tuple[int, ...], list[int]]()
-    for number in chosen:
-        ids, num_prompt = sequences[number]
-        by_prompt.setdefault(tuple(ids[:num_prompt]), []).append(number)
-    groups = list(by_prompt.values())
-    if all(can_share_prompt(model) for model in models) and _sharing_pays(sequences, groups, models[0]):
-        trees = [_tree_of([sequences[number] for number in group]) for group in groups]
-        plan = plan_rows([tree.num_tokens for tree in trees], max_tokens, pack=False)
-        return [
-            CompletionBatch(
-                make_tree_batch([trees[i] for [i] in rows], device), [number for [i] in rows for number in groups[i]]
-            )
-            for rows in plan
-        ]
-    candidates = [sequences[number] for number in chosen]
-    plan = plan_rows([len(one.token_ids) for one in candidates], max_tokens, pack)
-    batches = [collate(candidates, rows).to(device) for rows in plan]
-    return [CompletionBatch(batch, [chosen[place.original] for place in batch.sequence_rows]) for batch in batches]
+    device, shared = models[0].device, list[list[int]]()
+    if all(can_share_prompt(model) for model in models):
+        context, hidden = min(map(max_context, models)), models[0].config.get_text_config().hidden_size
+        shared = [part for part in _parts(sequences, chosen, context, max_tokens, hidden) if len(part) > 1]
+    trees = [_tree_of([sequences[number] for number in part]) for part in shared]
+    for rows in plan_rows([tree.num_tokens for tree in trees], max_tokens, pack=False):
+        numbers = [number for [i] in rows for number in shared[i]]
+        yield CompletionBatch(make_tree_batch([trees[i] for [i] in rows], device), numbers)
+    in_trees = {number for part in shared for number in part}
+    alone = [number for number in chosen if number not in in_trees]
+    candidates = [sequences[number] for number in alone]
+    for rows in plan_rows([len(one.token_ids) for one in candidates], max_tokens, pack):
+        batch = collate(candidates, rows).to(device)
+        yield CompletionBatch(batch, [alone[place.original] for place in batch.sequence_rows])
 
 
 def completion_states(model: PreTrainedModel, batch: CompletionBatch) -> CompletionStates:
@@ -89,7 +85,8 @@ def completion_states(model: PreTrainedModel, batch: CompletionBatch) -> Complet
         return CompletionStates(hidden[before], hidden[ends])
     hidden = hidden_states(model, rows)
     places, columns = rows.target_mask.nonzero(as_tuple=True)
-    end_rows, end_columns = torch.tensor([(one.row, one.end - 1) for one in rows.sequence_rows]).unbind(dim=1)
+    last = torch.tensor([(one.row, one.end - 1) for one in rows.sequence_rows], device=hidden.device)
+    end_rows, end_columns = last.unbind(dim=1)
     return CompletionStates(hidden[places, columns - 1], hidden[end_rows, end_columns])
 
 
@@ -98,22 +95,37 @@ def _tree_of(sequences: Sequence[TokenSequence]) -> PromptTree:
     return PromptTree(sequences[0].token_ids[:num_prompt], [one.token_ids[num_prompt:] for one in sequences])
 
 
-def _sharing_pays(sequences: Sequence[TokenSequence], groups: Sequence[Sequence[int]], model: PreTrainedModel) -> bool:
-    """Return True if rows of a shared prompt are possible and take fewer products than separate ones.
+def _parts(
+    sequences: Sequence[TokenSequence], chosen: Sequence[int], context: int, max_tokens: int, hidden: int
+) -> list[list[int]]:
+    """Return completions of one prompt that go into one row; who is alone in a part gains nothing from a tree.
 
-    A token of a row with T columns costs about 12 D products a layer, and 2 T for attention, at half the speed of the
-    others (measured on a CPU); a causal kernel skips half of these, the mask of a tree does not.
+    A row is no wider than `max_tokens`, nor than 3 D columns, where attention costs as much as all else (`_pays`).
+    Sequences beyond the context, or with nothing completed, are left to rows of their own.
     """
-    width = 12 * model.config.get_text_config().hidden_size
-    shared = separate = 0
-    for group in groups:
-        lengths, num_prompt = (
-            [len(sequences[number].token_ids) for number in group],
-            sequences[group[0]].num_prompt_tokens,
-        )
-        if min(lengths) == num_prompt:
-            return False  # nothing was completed, so the state at the end is the prompt's
-        columns = sum(lengths) - (len(group) - 1) * num_prompt
-        shared += columns * (width + 4 * columns)
-        separate += sum(length * (width + 2 * length) for length in lengths)
-    return shared < separate
+    widest, by_prompt = min(max_tokens, 3 * hidden), dict[tuple[int, ...], list[list[int]]]()
+    columns: dict[tuple[int, ...], int] = {}
+    for number in chosen:
+        ids, num_prompt = sequences[number]
+        if not num_prompt < len(ids) <= context:
+            continue
+        prompt, length = tuple(ids[:num_prompt]), len(ids) - num_prompt
+        parts = by_prompt.setdefault(prompt, [])
+        if not parts or columns[prompt] + length > widest:
+            parts.append([])
+            columns[prompt] = num_prompt
+        parts[-1].append(number)
+        columns[prompt] += length
+    return [part for parts in by_prompt.values() for part in parts if _pays([sequences[one] for one in part], hidden)]
+
+
+def _pays(part: Sequence[TokenSequence], hidden: int) -> bool:
+    """Return True if one row with a shared prompt takes fewer products than separate rows.
+
+    In units of D products a layer, a token of a row with T columns costs about 12 D and, for attention, 2 T at half the
+    speed of the others (measured on a CPU); a causal kernel skips half of these, the mask of a tree does not.
+    """
+    lengths = [len(one.token_ids) for one in part]
+    columns = sum(lengths) - (len(part) - 1) * part[0].num_prompt_tokens
+    separate = sum(length * (12 * hidden + 2 * length) for length in lengths)
+    return columns * (12 * hidden + 4 * columns) < separate

@@ -97,7 +97,7 @@ def end_of_training(scalar: ScalarModel, lora: LoRAConfig) -> ScalarModel:
 
 
 def token_values(scalar: ScalarModel, hidden: Tensor) -> Tensor:
-    """Return one number for each token, fp32 [B, T], offset subtracted, from hidden states [B, T, D]."""
+    """Return one number for each token, fp32 [...], offset subtracted, from hidden states [..., D]."""
     head: Any = scalar.model.score
     with torch.autocast(hidden.device.type, enabled=False):
         return F.linear(hidden.float(), head.weight.float())[..., 0] - scalar.offset

@@ -110,7 +110,7 @@ def align(config: InstructGPTConfig, run: Run, base: LanguageModel, judging_base
         )
         stage.finish()
         scorer = as_scorer(reward_model)
-        score_range = range_of(scorer, comparisons[:300])
+        score_range = range_of(scorer, comparisons[:: max(1, len(comparisons) // 300)])
     else:
         skipped.append("Reward model: no comparisons.")
     scorer = load_reward_function(config.reward) if config.reward is not None else scorer
