@@ -2,9 +2,11 @@
 
 python -m benchmarks.tables quickstart docs/results/quickstart_seed*.json
 python -m benchmarks.tables world FILE          what `qinglan world evaluate --json` printed
+python -m benchmarks.tables weak FILE           the report.json of a weak-to-strong run
 """
 
 import json
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -106,6 +108,51 @@ def world_table(file: Path) -> str:
     return "\n".join(lines)
 
 
+def weak_table(file: Path) -> str:
+    """Return three tables for every pair of models: admission, accuracies, and what each method recovers."""
+    metrics = json.loads(file.read_text())["metrics"]
+    first = [name for name in metrics if name.startswith("admission/") and name.count("/") == 2]
+    pairs = [
+        "",
+        *dict.fromkeys(f"/{name.split('/')[3]}" for name in metrics if re.fullmatch(r"admission/.*/weak/.*", name)),
+    ]
+    tasks = list(dict.fromkeys(name.split("/")[1] for name in first))
+    return "\n\n".join(_pair_tables(metrics, tasks, pair) for pair in pairs)
+
+
+def _pair_tables(metrics: dict[str, Any], tasks: list[str], pair: str) -> str:
+    def row(title: str, names: Sequence[str]) -> str:
+        return f"| {title} | " + " | ".join(found(name) for name in names) + " |"
+
+    def found(name: str) -> str:
+        measure = metrics.get(name + pair)
+        return "" if measure is None or measure["value"] is None else cell(measure)
+
+    def head(columns: Sequence[str]) -> list[str]:
+        return ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+
+    kinds = ("weak", "zero_shot", "probe", "ceiling", "gap")
+    admission = [row(f"`{task}`", [f"admission/{task}/{kind}" for kind in kinds]) for task in tasks]
+    admitted = [task for task in tasks if f"accuracy/student/{task}/naive{pair}" in metrics]
+    known = re.compile(rf"accuracy/student/[^/]+/([^/]+){pair}")
+    methods = list(dict.fromkeys(match[1] for name in metrics if (match := known.fullmatch(name))))
+    accuracy = [row(kind, [f"accuracy/{kind}/{task}" for task in admitted]) for kind in kinds[:-1]]
+    accuracy += [row(method, [f"accuracy/student/{task}/{method}" for task in admitted]) for method in methods]
+    recovered = [row(one, [*(f"pgr/{task}/{one}" for task in admitted), f"pgr/{one}"]) for one in methods]
+    for side in ("right", "wrong"):
+        names = [*(f"agreement/{side}/{task}/naive" for task in admitted), f"agreement/{side}"]
+        recovered.append(row(f"agreement of naive, supervisor {side}", names))
+    parts = [head(kinds) + admission, head(admitted) + accuracy, head([*admitted, "pooled"]) + recovered]
+    return f"Pair {pair.removeprefix('/') or 'first'}\n\n" + "\n\n".join("\n".join(part) for part in parts)
+
+
 if __name__ == "__main__":
     kind, *paths = sys.argv[1:]
-    print(quickstart_table([Path(path) for path in paths]) if kind == "quickstart" else world_table(Path(paths[0])))
+    files = [Path(path) for path in paths]
+    print(
+        {
+            "quickstart": quickstart_table,
+            "world": lambda them: world_table(them[0]),
+            "weak": lambda them: weak_table(them[0]),
+        }[kind](files)
+    )
