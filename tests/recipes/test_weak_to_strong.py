@@ -50,8 +50,9 @@ def test_the_tiny_preset_says_what_its_contract_promises(tmp_path: Path, capsys:
     page = (out / "report.html").read_text()
     for title in ("How much of the gap is recovered?", "Does the student imitate errors?", "Which tasks count?"):
         assert title in page
-    # What makes no sense for a task is left out with its reason, and the rest goes on.
-    assert any("preferences, nano to micro, few_shot" in line for line in report["alarms"])
+    # What makes no sense for a task is said with its reason, is no alarm, and the rest goes on.
+    assert "Does not apply: preferences, nano to micro, few_shot" in page
+    assert not any("few_shot" in line for line in report["alarms"])
     labels = (out / "stages/cells/claims_recalled/supervisor-nano-seed0/half_b.jsonl").read_text().splitlines()
     label = json.loads(labels[0])
     assert label["training_half"] == "half A of claims_recalled, seed 0" and len(label["logits"]) == 1

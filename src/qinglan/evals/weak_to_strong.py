@@ -101,6 +101,9 @@ class Outcome(NamedTuple):
     pairs: tuple[PairOutcome, ...]
     admission: tuple[Admitted, ...]
     left_out: tuple[str, ...]
+    """What could not be done, and why."""
+    inapplicable: tuple[str, ...]
+    """Methods that make no sense for a task or a pair of models, and why."""
     parameters: Mapping[str, int]
     num_oracle: int
     """Test cases that an oracle's choice is measured on."""

@@ -271,7 +271,7 @@ def knowledge_section(metrics: Metrics, pairs: Sequence[PairOutcome], found: Fin
 
 
 def admission_section(found: Findings) -> Section:
-    """Return which tasks count, by rules fixed beforehand on seeds of their own, and what was left out."""
+    """Return which tasks count, by rules fixed beforehand on seeds of their own, and what was left out or not tried."""
     keys = ("weak", "ceiling", "gap", "zero_shot", "probe", "base_above_weak")
     tried = found.outcome.admission
     numbers = tuple((_models(one), *(one.measured.get(key) for key in keys)) for one in tried)
@@ -283,6 +283,7 @@ def admission_section(found: Findings) -> Section:
         "base model, asked zero-shot or read by a linear probe, is clearly above it too. Decided on fine-tuning seeds "
         "of their own, before any student was trained.",
         *(f"Left out: {line}" for line in found.outcome.left_out),
+        *(f"Does not apply: {line}" for line in found.outcome.inapplicable),
     )
     return Section(
         "Which tasks count?",

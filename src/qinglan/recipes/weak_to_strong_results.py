@@ -75,17 +75,19 @@ def _anchor_answers(
 def outcome(run: Run, config: WeakToStrongConfig, admission: Sequence[Admitted]) -> Outcome:
     """Collect what all cells left, for the measures; what is missing is listed with its reason."""
     left_out = [f"{one.task}, {one.weak} to {one.strong}: {one.reasons[0]}" for one in admission if not one.measured]
-    found = []
+    found, inapplicable = [], list[str]()
     for one in study.chosen_pairs(config, admission):
         try:
-            found.append(_pair_outcome(run, config, one, left_out))
+            found.append(_pair_outcome(run, config, one, left_out, inapplicable))
         except InputError as error:
             left_out.append(str(error))
     parameters = {short(name): num_parameters(config, name) for name in (*config.weak, *config.strong)}
-    return Outcome(tuple(found), tuple(admission), tuple(left_out), parameters, NUM_CURVE // 2)
+    return Outcome(tuple(found), tuple(admission), tuple(left_out), tuple(inapplicable), parameters, NUM_CURVE // 2)
 
 
-def _pair_outcome(run: Run, config: WeakToStrongConfig, one: Admitted, left_out: list[str]) -> PairOutcome:
+def _pair_outcome(
+    run: Run, config: WeakToStrongConfig, one: Admitted, left_out: list[str], inapplicable: list[str]
+) -> PairOutcome:
     weak, strong = study.full_names(config, one)
     seeds, name = list(range(config.seeds)), f"{one.task}, {one.weak} to {one.strong}"
     answers, base = _anchor_answers(run, config, one.task, weak, strong, seeds)
@@ -96,7 +98,8 @@ def _pair_outcome(run: Run, config: WeakToStrongConfig, one: Admitted, left_out:
         results = [result for cell in cells if (result := result_of(run, cell)) is not None]
         if len(results) < len(cells):
             why = next((reason for cell in cells if (reason := reason_of(run, cell))), "no model between the two")
-            left_out.append(f"{name}, {method}: {why}")
+            applies = study.makes_sense(config, run.seed, one, method)
+            (left_out if applies else inapplicable).append(f"{name}, {method}: {why}")
             continue
         students[method] = np.array([result["test"] for result in results], dtype=float)
         curves[method] = _curves(run, cells)

@@ -129,6 +129,18 @@ def methods_of(config: WeakToStrongConfig, task: str) -> list[str]:
     return [*config.methods, *(("released_naive", "released_confidence") if config.released else ())]
 
 
+def makes_sense(config: WeakToStrongConfig, seed: int, one: Admitted, method: str) -> bool:
+    """Return whether a method can be tried on a task by a pair of models; few-shot prompting wants texts with verdicts.
+
+    Bootstrapping wants a model between the two.
+    """
+    if method == "bootstrap":
+        return bool(chain_of(config, *full_names(config, one)))
+    case = None if is_answering(one.task) else cases_of(config, one.task, seed)[0].case
+    shown_as_text = case is not None and case.verdicts is not None and not case.messages and len(case.texts) == 1
+    return method != "few_shot" or shown_as_text
+
+
 def students(config: WeakToStrongConfig, admission: Sequence[Admitted]) -> Iterator[list[Cell]]:
     """Yield waves of cells: students of the supervisor, then link after link, then bootstrapped students."""
     direct: list[Cell] = []
