@@ -158,12 +158,16 @@ def tune(job: str, setting: str, dtype: str, folder: Path, python_of: Callable[[
                 rates = {"failed": str(error).splitlines()[-1]}
             tried.append({"options": options, **rates})
             print(f"  {job}/{setting} {name} {json.dumps(options)}: {rates}", file=sys.stderr, flush=True)
-            working = [
-                one for one in tried if "rate" in one and not one["options"].keys() & {"bf16", "differs", "memory"}
-            ]
-            best = max(working, key=lambda one: one["cpu_rate"])["options"] if working else None
-            found[name] = {"tried": tried, "best": best}
-            write(path, found)
+            write(path, found | {name: {"tried": tried, "best": best_of(tried)}})
+        found[name] = {"tried": tried, "best": best_of(tried)}
+        write(path, found)
+
+
+def best_of(tried: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the options of the fastest run by CPU time among those that may be compared, or None."""
+    working = [one for one in tried if "rate" in one and not one["options"].keys() & {"bf16", "differs", "memory"}]
+    best: dict[str, Any] | None = max(working, key=lambda one: one["cpu_rate"])["options"] if working else None
+    return best
 
 
 def compare(
