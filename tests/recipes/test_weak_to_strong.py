@@ -57,6 +57,9 @@ def test_the_tiny_preset_says_what_its_contract_promises(tmp_path: Path, capsys:
     label = json.loads(labels[0])
     assert label["training_half"] == "half A of claims_recalled, seed 0" and len(label["logits"]) == 1
 
+    inputs = json.loads((out / "lineage.json").read_text())["inputs"]
+    assert set(inputs) == {"model nano", "model micro"} and all("sha256:" in text for text in inputs.values())
+
     # A second start computes nothing again and says the same.
     before = {file: file.stat().st_mtime_ns for file in out.glob("stages/cells/*/*/done.json")}
     code, again, _ = run([*tiny(out), "--resume"], capsys)

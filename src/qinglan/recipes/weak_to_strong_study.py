@@ -17,6 +17,7 @@ from qinglan.recipes.weak_to_strong_data import (
 from qinglan.recipes.weak_to_strong_grid import Cell, is_model, short
 from qinglan.supervisors.rules import is_rule, load_rule
 from qinglan.supervisors.weak import labels_of_rule
+from qinglan.tasks.base_models import resolve_model
 from qinglan.tasks.judgements import TASKS as JUDGING
 from qinglan.tasks.judgements import task_named
 
@@ -49,7 +50,10 @@ def check_input(config: WeakToStrongConfig, seed: int) -> None:
 
 
 def add_inputs(run: Run, config: WeakToStrongConfig) -> None:
-    """Note the user's files with their hashes."""
+    """Note models and the user's files with their hashes, and the runs that made them."""
+    for name in dict.fromkeys((*config.weak, *config.strong, *config.steps_between)):
+        if is_model(name):
+            run.add_input(f"model {name}", resolve_model(name))
     for name, path in {"data": config.data.file, "comparisons": config.comparisons, "puzzles": config.puzzles}.items():
         if path is not None:
             run.add_input(name, path)
