@@ -184,55 +184,64 @@ def measure_reward_model(
 ) -> Findings:
     """Return the findings with accuracy, calibration and agreement, on comparisons whose prompts nobody trained on."""
     assert outcome.reward_model is not None
-    scorer, agreement, attainable = as_scorer(outcome.reward_model), None, None
-    by_key: Measure | None = None
+    groups, strangers, agreement, by_key = outcome.pools.held_out_comparisons, list[ComparisonGroup](), None, None
     if outcome.world is not None:
-        prompts, quality = outcome.pools.test_prompts[: config.num_ranked_prompts], quality_of(outcome.world)
-        samples = sample_completions(
-            outcome.start, prompts, sampling, seed=stream_seed(seed, "test rankings"), num_samples=people.max_ranked
-        )
-        shown = candidates_to_rank(prompts, samples, people, seed)
-        by_prompt = {prompt.id: (prompt, tuple(ranked)) for prompt, ranked in zip(prompts, shown, strict=True)}
-
-        def judged_by(is_held_out: bool) -> list[ComparisonGroup]:
-            count = people.num_held_out_labelers if is_held_out else people.num_labelers
-            labelers = make_labelers(count, people.labelers, seed if is_held_out else run_seed, held_out=is_held_out)
-            ranked = rank_all(
-                labelers, prompts, shown, quality, seed=stream_seed(seed, "judged", int(is_held_out)), overlap=1.0
-            )
-            return [ComparisonGroup(*by_prompt[one.prompt_id], one) for one in ranked]
-
-        groups, strangers = judged_by(False), judged_by(True)
+        groups, strangers = rank_test_prompts(outcome, people, sampling, config, seed=seed, run_seed=run_seed)
         agreement = metrics.labeler_agreement([group.comparison for group in groups], seed=seed)
-        attainable = metrics.attainable_accuracy(agreement)
         by_key = metrics.pair_accuracy(scored(groups, scores_of(groups, outcome.world.gold())), seed=seed)
-    else:
-        groups, strangers = outcome.pools.held_out_comparisons, []
     if not groups:
         return found
-    scores = scores_of([*groups, *strangers], scorer)
+    scores = scores_of([*groups, *strangers], as_scorer(outcome.reward_model))
     table = scored(groups, scores)
-    held_out = metrics.pair_accuracy(scored(strangers, scores), seed=seed) if strangers else None
     reward = RewardFindings(
         metrics.pair_accuracy(table, seed=seed),
         metrics.pair_accuracy_by(table, "score_gap", seed=seed),
         metrics.pair_accuracy_by(table, "labeler_group", seed=seed),
         metrics.pair_calibration(table, seed=seed),
-        held_out,
+        metrics.pair_accuracy(scored(strangers, scores), seed=seed) if strangers else None,
         agreement,
-        attainable,
+        metrics.attainable_accuracy(agreement) if agreement else None,
     )
     measured = {
         "reward_model_accuracy": reward.accuracy,
         "labeler_agreement": agreement,
-        "reward_model_accuracy_held_out_labelers": held_out,
+        "reward_model_accuracy_held_out_labelers": reward.held_out_labelers,
         "reward_model_ece": reward.calibration.expected_error,
         "reward_model_brier": reward.calibration.brier,
-        "attainable_accuracy": attainable.at_most if attainable else None,
+        "attainable_accuracy": reward.attainable.at_most if reward.attainable else None,
         "answer_key_accuracy": by_key,
     }
     found.metrics.update({name: measure for name, measure in measured.items() if measure is not None})
     return found._replace(reward=reward)
+
+
+def rank_test_prompts(
+    outcome: Outcome,
+    people: WorldConfig,
+    sampling: SamplingConfig,
+    config: MeasureConfig,
+    *,
+    seed: int,
+    run_seed: int,
+) -> tuple[list[ComparisonGroup], list[ComparisonGroup]]:
+    """Return completions of test prompts as the training labelers rank them, and as held-out labelers do."""
+    assert outcome.world is not None
+    prompts, quality = outcome.pools.test_prompts[: config.num_ranked_prompts], quality_of(outcome.world)
+    samples = sample_completions(
+        outcome.start, prompts, sampling, seed=stream_seed(seed, "test rankings"), num_samples=people.max_ranked
+    )
+    shown = candidates_to_rank(prompts, samples, people, seed)
+    by_prompt = {prompt.id: (prompt, tuple(ranked)) for prompt, ranked in zip(prompts, shown, strict=True)}
+
+    def judged_by(is_held_out: bool) -> list[ComparisonGroup]:
+        count = people.num_held_out_labelers if is_held_out else people.num_labelers
+        labelers = make_labelers(count, people.labelers, seed if is_held_out else run_seed, held_out=is_held_out)
+        ranked = rank_all(
+            labelers, prompts, shown, quality, seed=stream_seed(seed, "judged", int(is_held_out)), overlap=1.0
+        )
+        return [ComparisonGroup(*by_prompt[one.prompt_id], one) for one in ranked]
+
+    return judged_by(False), judged_by(True)
 
 
 def scores_of(groups: list[ComparisonGroup], scorer: Scorer) -> dict[tuple[str, str], float]:
