@@ -89,7 +89,7 @@ class PretrainCommand(Config):
     device: str = "auto"
     """cpu, cuda or auto."""
     num_probe_items: int = 100
-    """Items of each capability probe on the way."""
+    """Items of each capability probe on the way and at the end; 0 probes nothing."""
     parts: tuple[str, ...] = corpus.FAMILY_PARTS
     """Parts of the corpus to train on: plain, induction, judging, code, chess (which needs an extra)."""
     ship: bool = False
@@ -126,11 +126,11 @@ def pretrain_sizes(config: PretrainCommand, options: Options) -> CommandResult:
             tokenizer._tokenizer, options.seed, config.training.context, num_early, config.parts
         )
         fresh = build(size, tokenizer, options.seed, device=device)
-        lm = pretrain(
-            fresh, source, config.training, stage=stage, seed=options.seed, probe=_probe_rates(config, options.seed)
-        )
+        probe = _probe_rates(config, options.seed) if config.num_probe_items else None
+        lm = pretrain(fresh, source, config.training, stage=stage, seed=options.seed, probe=probe)
         stage.finish()
-        measures = probe_capabilities(lm, num_items=config.num_probe_items, seed=options.seed)
+        has_probes = config.num_probe_items > 0
+        measures = probe_capabilities(lm, num_items=config.num_probe_items, seed=options.seed) if has_probes else {}
         if config.ship:
             rates = {name: measure._asdict() for name, measure in measures.items()}
             lines.append(f"shipped to {ship(out, size, probes=rates)}")

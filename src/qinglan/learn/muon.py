@@ -62,11 +62,12 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(matrix.shape, []).append(matrix)
             for (rows, columns), matrices in by_shape.items():
                 directions = torch.stack([self._direction(p, group["momentum"]) for p in matrices])
-                updates = orthogonalize(directions.to(self.dtype)).to(directions.dtype)
                 rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
+                updates = orthogonalize(directions.to(self.dtype)).to(directions.dtype) * rate
                 for matrix, update in zip(matrices, updates, strict=True):
-                    matrix.mul_(1.0 - group["lr"] * group["weight_decay"])
-                    matrix.add_(update, alpha=-rate)
+                    if group["weight_decay"]:
+                        matrix.mul_(1.0 - group["lr"] * group["weight_decay"])
+                    matrix.sub_(update)
 
     def _direction(self, matrix: nn.Parameter, momentum: float) -> Tensor:
         """Move the momentum, m <- mu m + (1 - mu) g, and return Nesterov's look-ahead, mu m + (1 - mu) g."""

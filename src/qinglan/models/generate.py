@@ -24,6 +24,7 @@ from qinglan.core.records import Completion, Prompt, Sampler, record_id
 from qinglan.core.run import Progress
 from qinglan.models.constraints import Constraint, forced_prefix, one_of, one_of_after
 from qinglan.models.engine import Engine, Request, Sample, decode_text
+from qinglan.models.kv_cache import SlotCache
 from qinglan.models.language_model import LanguageModel, max_context, vocabulary_size
 from qinglan.models.row_memory import RowMemory, make_row_memory, model_facts
 from qinglan.models.sampling import SamplingConfig
@@ -192,7 +193,10 @@ def _memory_for(
             f"{math.ceil((per_row + parked) / 2**20)} MiB; give at least that, or lower max_new_tokens"
         )
     num_slots = min(num_rows, config.max_rows, len(requests) * num_samples)
-    return make_row_memory(lm.model, facts, num_slots + (1 if parked else 0), width, dtype), num_slots
+    memory = make_row_memory(lm.model, facts, num_slots + (1 if parked else 0), width, dtype)
+    if config.cuda_graphs and isinstance(memory, SlotCache):
+        memory.record_steps(num_slots, lm.name)
+    return memory, num_slots
 
 
 def _check_requests(lm: LanguageModel, requests: Sequence[Request], config: SamplingConfig) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from qinglan.models.decode_graphs import DecodeGraphs
 from qinglan.models.language_model import max_context
 
 
@@ -157,6 +158,12 @@ class SlotCache(Cache):
         self.model = model
         self.plan = plan
         self.mask_dtype = dtype or model.dtype
+        self.graphs: DecodeGraphs | None = None
+
+    def record_steps(self, num_slots: int, name: str) -> None:
+        """Decode by CUDA graphs where the model is on a GPU; rows live in the first `num_slots` slots."""
+        if self.model.device.type == "cuda":
+            self.graphs = DecodeGraphs(self._extend, num_slots, self.slot_layers[0].capacity, name)
 
     def values_per_token(self) -> int:
         """Return how many numbers one token of one row takes; the model must have run once."""
@@ -189,6 +196,11 @@ class SlotCache(Cache):
 
         A row with fewer tokens is padded on the right: what it writes there is never seen by a token before it.
         """
+        if self.graphs is not None and tokens.shape[1] == 1:
+            return self.graphs(tokens, positions, width)
+        return self._extend(tokens, positions, width)
+
+    def _extend(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
         distance = (positions[:, :, None] - torch.arange(width, device=positions.device))[:, None]
         # Only padding may stand beyond the context; learned positions have no row for it.
         position_ids = positions.clamp(max=max_context(self.model) - 1)

@@ -34,6 +34,8 @@ class SamplingConfig(Config):
     """Memory for the rows that are being written (keys, values and logits), in MiB; decides how many go together."""
     max_rows: int = Field(default=512, ge=1)
     """Most rows written together, whatever the memory."""
+    cuda_graphs: bool = True
+    """On a GPU, launch the kernels of a step once for each shape and replay them; changes no result but rounding."""
 
     @model_validator(mode="after")
     def _stops_have_text(self) -> Self:

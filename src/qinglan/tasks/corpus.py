@@ -269,7 +269,8 @@ class CorpusBlocks:
     def __call__(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return blocks number `start` to `start + count - 1`."""
         all_ids, all_weights = [], []
-        early, late = mix_of(self.parts, EARLY_INDUCTION), mix_of(self.parts)
+        late = mix_of(self.parts)
+        early = mix_of(self.parts, EARLY_INDUCTION) if "induction" in self.parts else late
         for number in range(start, start + count):
             mix = early if number < self.num_early else late
             rng = random.Random(stream_seed(self.seed, "corpus", number))
