@@ -42,7 +42,7 @@ def test_rounded_shapes_draw_the_same(
 
     monkeypatch.setattr(decode_graphs, "Recorded", Unrecorded)
     monkeypatch.setattr(decode_graphs, "COLUMN_STEP", 8)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(decode_graphs, "Space", lambda: None)
     shapes = set()
 
     def record_steps(self: generate.SlotCache, num_slots: int, name: str) -> None:

@@ -12,6 +12,7 @@ A corpus is a function from a position to blocks of tokens, so data order needs 
 started again ends bit-identical, on CPU with the same number of threads, to one never stopped.
 """
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -88,6 +89,8 @@ class PretrainConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of matrix products, Muon's included; auto follows the device. bfloat16 is nearly twice as fast on a CPU
     that has it, and slower on one that has not."""
+    compile: bool = False
+    """Compile the loss with `torch.compile`: a minute at the start, then one to three times as fast on a GPU."""
     cuda_graphs: bool = True
     """On a GPU, launch the kernels of an update once and replay them: small models train several times as fast."""
     num_data_processes: int = Field(default=0, ge=0)
@@ -307,6 +310,7 @@ class Work:
         self.batch = Blocks(
             torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, dtype=torch.float32, device=device)
         )
+        self.loss = compiled(lambda: block_loss(lm, self.batch), lm) if config.compile else None
         self.gradients: Callable[[], Tensor] = self._gradients
         self.step: Callable[[], None] = self._step
         if config.cuda_graphs and device.type == "cuda":
@@ -316,7 +320,7 @@ class Work:
     def _gradients(self) -> Tensor:
         """Set the clipped gradients of the batch; return its loss and their norm before, [2]."""
         self.lm.model.zero_grad()
-        loss = block_loss(self.lm, self.batch)
+        loss = self.loss() if self.loss is not None else block_loss(self.lm, self.batch)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.lm.model.parameters(), self.max_grad_norm)
         return torch.stack([loss.detach(), norm])
@@ -325,6 +329,20 @@ class Work:
         for optimizer in self.optimizers:
             if optimizer is not None:
                 optimizer.step()
+
+
+def compiled(loss: Callable[[], Tensor], lm: LanguageModel) -> Callable[[], Tensor]:
+    """Return `loss` compiled for its one shape, or as it is, which is said, where that fails when tried."""
+    faster = torch.compile(loss, dynamic=False)
+    try:
+        faster().backward()
+    except Exception as error:  # whatever a compiler raises: training goes on without it
+        reason = " ".join(str(error).split("\n")[:2])
+        print(f"{lm.name}: cannot compile ({type(error).__name__}: {reason}); going on without", file=sys.stderr)
+        torch.compiler.reset()
+        faster = loss
+    lm.model.zero_grad()
+    return faster
 
 
 def update(work: Work, config: PretrainConfig, batch: Blocks, step: int, where: str) -> float:

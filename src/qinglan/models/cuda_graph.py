@@ -17,6 +17,14 @@ WARM_UP = 3
 """Calls that run as they are before one is recorded: libraries allocate and choose their kernels in them."""
 
 
+class Space:
+    """Where graphs are warmed up and recorded: a stream, which autograd remembers, and a pool of memory."""
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.pool: Any = torch.cuda.graph_pool_handle()
+
+
 class Recorded(Generic[Result]):
     """A function that reads and writes the same tensors at every call: run as it is at first, then replayed.
 
@@ -24,16 +32,18 @@ class Recorded(Generic[Result]):
     every call, overwritten by the next. A function that cannot be recorded goes on as it is, which is said once.
     """
 
-    def __init__(self, function: Callable[[], Result], name: str, *, warm_up: int = WARM_UP, pool: Any = None) -> None:
+    def __init__(
+        self, function: Callable[[], Result], name: str, *, warm_up: int = WARM_UP, space: "Space | None" = None
+    ) -> None:
         """Prepare `function` to be recorded after `warm_up` calls; needs a CUDA device.
 
-        `name` says in a message what it is. Graphs of one `pool` (`torch.cuda.graph_pool_handle()`) share their memory:
-        the result of one lasts until another is replayed.
+        `name` says in a message what it is. Graphs of one `space` share their memory: the result of one lasts until
+        another is replayed.
         """
-        self.function, self.name, self.pool = function, name, pool
+        self.function, self.name = function, name
+        self.space = space or Space()
         self.calls_before = warm_up
         self.can_record = True
-        self.stream = torch.cuda.Stream()  # autograd remembers streams: warm-up and recording must be on the same one
         self.graph: torch.cuda.CUDAGraph | None = None
         self.result: Result
 
@@ -45,16 +55,17 @@ class Recorded(Generic[Result]):
             self.graph.replay()
             return self.result
         self.calls_before = max(0, self.calls_before - 1)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        stream = self.space.stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             result = self.function()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.current_stream().wait_stream(stream)
         return result
 
     def _record(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            with torch.cuda.graph(graph, pool=self.space.pool, stream=self.space.stream):
                 self.result = self.function()
         except RuntimeError as error:
             why = str(error).splitlines()[0]

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qinglan.models.cuda_graph import Recorded
+from qinglan.models.cuda_graph import Recorded, Space
 
-ROW_SHAPES = 8
-"""Numbers of rows that graphs are made for: each eighth of the slots."""
-COLUMN_STEP = 64
+ROW_SHAPES = 4
+"""Numbers of rows that graphs are made for: each quarter of the slots."""
+COLUMN_STEP = 128
 """Numbers of columns that graphs are made for are multiples of this."""
 
 Extend = Callable[[Tensor, Tensor, int], Tensor]
@@ -31,13 +31,13 @@ class _Step(NamedTuple):
 
 
 class DecodeGraphs:
-    """Steps of one `SlotCache`, each recorded when its shape has come a few times."""
+    """Steps of one `SlotCache`, each recorded when its shape comes for the second time."""
 
     def __init__(self, extend: Extend, num_slots: int, capacity: int, name: str) -> None:
         """Prepare for up to `num_slots` live rows of `capacity` columns; `extend` runs one step as it is."""
         self.extend, self.num_slots, self.capacity, self.name = extend, num_slots, capacity, name
         self.row_step = max(1, -(-num_slots // ROW_SHAPES))
-        self.pool = torch.cuda.graph_pool_handle()  # a step's states are read before the next step
+        self.space = Space()  # shared: the states of a step are read before the next step
         self.steps: dict[tuple[int, int], _Step] = {}
 
     def __call__(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
@@ -56,5 +56,5 @@ class DecodeGraphs:
     def _make(self, rows: int, columns: int, like: Tensor) -> _Step:
         tokens, positions = (torch.zeros(rows, 1, dtype=torch.long, device=like.device) for _ in range(2))
         name = f"decoding with {self.name}"
-        run = Recorded(lambda: self.extend(tokens, positions, columns), name, pool=self.pool)
+        run = Recorded(lambda: self.extend(tokens, positions, columns), name, warm_up=1, space=self.space)
         return _Step(tokens, positions, run)
