@@ -112,14 +112,50 @@ def growth_table() -> str:
     return "\n".join(lines)
 
 
+def gpu_table() -> str:
+    """Return what a GPU reached: updates of pretraining, and larger models in sampling, fine-tuning and PPO."""
+    found = read(RESULTS / "gpu.json")
+    limits, drawn, tuned = found["limits"], found["sampling"], found["fine_tuning"]
+    lines = [
+        f"{limits['device']}, torch {limits['torch']}: products in bf16 {limits['bf16_flops'] / 1e12:.0f} TFLOP/s, in fp32 "
+        f"{limits['fp32_flops'] / 1e12:.0f}, copying {limits['copied_bytes'] / 1e12:.2f} TB/s.",
+        "",
+        "| pretraining, one update | as it is, ms | CUDA graphs, ms | tokens per second | weights differ by |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for size, one in found["pretraining"].items():
+        if isinstance(one, dict):
+            lines.append(
+                f"| {size} | {one['plain_ms']:.1f} | {one['graph_ms']:.1f} | {one['tokens_per_second']:,.0f} "
+                f"| {one['relative_difference_after_8_updates']:g} |"
+            )
+    lines += ["", "| job | side | rate |", "|---|---|---:|"]
+    for side, name in (("graphs", "ours"), ("plain", "ours, no graphs"), ("transformers", "transformers generate")):
+        lines.append(f"| sampling | {name} | {drawn[side]['tokens_per_second']:,.0f} tokens/s |")
+    for side, name in (("packed", "ours, packed"), ("padded", "ours, padded"), ("plain_loop", "plain padded loop")):
+        one = tuned[side]
+        speed = f", {one['flops'] / 1e12:.0f} TFLOP/s" if "flops" in one else ""
+        memory = f"{one['peak_bytes'] / 2**30:.0f} GiB at the most"
+        lines.append(f"| fine-tuning | {name} | {one['tokens_per_second']:,.0f} tokens/s{speed}; {memory} |")
+    for estimator in ("gae", "rloo"):
+        one = found["ppo"][estimator]
+        last = one["last_line"]
+        lines.append(
+            f"| PPO, {estimator} | ours | {one['episodes_per_second']:.0f} episodes/s with start and saving; last iteration "
+            f"{last['seconds']:.2f} s, of which sampling {last['seconds_sampling']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = {
+    "gpu": gpu_table,
     "results": results_table,
     "tried": tried_table,
     "limits": limits_table,
     "attention": attention_table,
     "growth": growth_table,
 }
-NEEDED = {name: RESULTS / f"{name}.json" for name in ("limits", "attention", "growth")}
+NEEDED = {name: RESULTS / f"{name}.json" for name in ("limits", "attention", "growth", "gpu")}
 
 
 def main() -> None:

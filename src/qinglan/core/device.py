@@ -47,6 +47,11 @@ class Device(NamedTuple):
         return torch.autocast(self.torch_device.type, dtype=self.compute_dtype)
 
 
+def device_name(device: Device) -> str:
+    """Return what a GPU calls itself, or "cpu"."""
+    return torch.cuda.get_device_name(device.torch_device) if device.torch_device.type == "cuda" else "cpu"
+
+
 def prepare_process() -> None:
     """Use every core this process may run on (`OMP_NUM_THREADS` still wins); progress is ours to show."""
     transformers_logging.disable_progress_bar()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qinglan.core.config import Config
+from qinglan.core.device import device_name
 from qinglan.core.errors import InputError
 from qinglan.core.files import write_json
 from qinglan.core.run import Stage
@@ -211,6 +212,7 @@ def pretrain(
         "parameters": averaged.model.num_parameters(),
         "tokens": line["tokens"],
         "seconds": round(tally.seconds, 1),
+        "device": device_name(lm.device),
         "loss": line["loss"],
         "held_out_loss": measured.pop("held_out_loss", None),
         "probes": measured,

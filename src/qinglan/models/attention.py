@@ -74,17 +74,25 @@ def bf16_attention(
     """
     num_queries, num_columns = query.shape[2], key.shape[2]
     lowest = torch.finfo(query.dtype).min
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, lowest)
     blocks = []
     for start in range(0, num_queries, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, num_queries)
         if mask is None:
-            seen = num_columns - num_queries + end
-            added = torch.full((end - start, seen), lowest, dtype=query.dtype).triu_(seen - (end - start) + 1)
+            first, last = 0, num_columns - num_queries + end
+            added = torch.full((end - start, last), lowest, dtype=query.dtype).triu_(last - (end - start) + 1)
         else:
-            seen, added = num_columns, mask[:, :, start:end].to(query.dtype)
-        blocks.append(_Block.apply(query[:, :, start:end], key[:, :, :seen], value[:, :, :seen], added, scale))
+            part = mask[:, :, start:end]
+            is_seen = part if part.dtype == torch.bool else part > lowest
+            # Behind the block, and in the packed sequences before its own, no query sees anything.
+            columns = is_seen.flatten(0, 2).any(0).nonzero()[:, 0]
+            first, last = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, num_columns)
+            part = part[..., first:last]
+            if part.dtype == torch.bool:
+                added = torch.zeros(part.shape, dtype=query.dtype).masked_fill_(~part, lowest)
+            else:
+                added = part.to(query.dtype)
+        seen = slice(first, last)
+        blocks.append(_Block.apply(query[:, :, start:end], key[:, :, seen], value[:, :, seen], added, scale))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
 
