@@ -1,7 +1,7 @@
 """The tables of docs/results.md and docs/world.md, from the files that the commands wrote.
 
 python -m benchmarks.tables quickstart docs/results/quickstart_seed*.json
-python -m benchmarks.tables world FILE          what `qinglan world evaluate --json` printed
+python -m benchmarks.tables world FILE ...      what `qinglan world evaluate --json` printed
 python -m benchmarks.tables weak FILE           the report.json of a weak-to-strong run
 """
 
@@ -90,16 +90,18 @@ def quickstart_table(files: list[Path]) -> str:
     return "\n".join(lines)
 
 
-def world_table(file: Path) -> str:
+def world_table(files: list[Path]) -> str:
     """Return the table of all probes by size, below what the model cards say of each size."""
-    found = json.loads(file.read_text())
-    parameters, metrics = found["parameters"], found["metrics"]
-    sizes = list(parameters)
+    found = [json.loads(file.read_text()) for file in files]
+    parameters = {size: count for one in found for size, count in one["parameters"].items()}
+    metrics = {name: measure for one in found for name, measure in one["metrics"].items()}
+    sizes = sorted(parameters, key=parameters.__getitem__)
     cards = [model_card(size) for size in sizes]
     lines = ["| | " + " | ".join(sizes) + " |", "|---|" + "---:|" * len(sizes)]
     lines.append("| parameters | " + " | ".join(f"{parameters[size]:,}" for size in sizes) + " |")
     lines.append("| tokens | " + " | ".join(f"{card['tokens']:,}" for card in cards) + " |")
-    lines.append("| seconds, one shared core | " + " | ".join(f"{card['seconds']:,.0f}" for card in cards) + " |")
+    lines.append("| device | " + " | ".join("a core" if c["device"] == "cpu" else c["device"] for c in cards) + " |")
+    lines.append("| seconds, shared | " + " | ".join(f"{card['seconds']:,.0f}" for card in cards) + " |")
     losses = " | ".join(f"{card['held_out_loss']:.3f}" for card in cards)
     lines.append(f"| held-out loss, nats per token | {losses} |")
     for probe in dict.fromkeys(name.split("/")[1] for name in metrics):
@@ -152,7 +154,7 @@ if __name__ == "__main__":
     print(
         {
             "quickstart": quickstart_table,
-            "world": lambda them: world_table(them[0]),
+            "world": world_table,
             "weak": lambda them: weak_table(them[0]),
         }[kind](files)
     )
