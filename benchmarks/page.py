@@ -117,8 +117,8 @@ def gpu_table() -> str:
     found = read(RESULTS / "gpu.json")
     limits, drawn, tuned = found["limits"], found["sampling"], found["fine_tuning"]
     lines = [
-        f"{limits['device']}, torch {limits['torch']}: products in bf16 {limits['bf16_flops'] / 1e12:.0f} TFLOP/s, in fp32 "
-        f"{limits['fp32_flops'] / 1e12:.0f}, copying {limits['copied_bytes'] / 1e12:.2f} TB/s.",
+        f"{limits['device']}, torch {limits['torch']}: products in bf16 {limits['bf16_flops'] / 1e12:.0f} TFLOP/s, "
+        f"in fp32 {limits['fp32_flops'] / 1e12:.0f}, copying {limits['copied_bytes'] / 1e12:.2f} TB/s.",
         "",
         "| pretraining, one update | as it is, ms | CUDA graphs, ms | tokens per second | weights differ by |",
         "|---|---:|---:|---:|---:|",
@@ -141,8 +141,8 @@ def gpu_table() -> str:
         one = found["ppo"][estimator]
         last = one["last_line"]
         lines.append(
-            f"| PPO, {estimator} | ours | {one['episodes_per_second']:.0f} episodes/s with start and saving; last iteration "
-            f"{last['seconds']:.2f} s, of which sampling {last['seconds_sampling']:.2f} |"
+            f"| PPO, {estimator} | ours | {one['episodes_per_second']:.0f} episodes/s with start and saving; "
+            f"last iteration {last['seconds']:.2f} s, of which sampling {last['seconds_sampling']:.2f} |"
         )
     return "\n".join(lines)
 
