@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from qinglan.core.device import Device
 from qinglan.core.rng import stream
 from qinglan.learn.blocks import Blocks, BlockSource, read_blocks
-from qinglan.learn.pretrain import HELD_OUT_FIRST_BLOCK, Optimizers, PretrainConfig, Work, make_optimizers, update
+from qinglan.learn.pretrain import HELD_OUT_FIRST_BLOCK
+from qinglan.learn.pretrain_config import PretrainConfig
+from qinglan.learn.pretrain_update import Optimizers, make_optimizers, make_work, update
 from qinglan.models.language_model import LanguageModel
 from qinglan.tasks import base_models
 from qinglan.tasks.base_models import CONTEXT, SIZES, Size, base_tokenizer, build
@@ -121,7 +123,7 @@ def run(variant: Variant, seed: int, num_tokens: int) -> dict[str, float]:
         config = changed
         adamw = torch.optim.AdamW(lm.model.parameters(), variant.only_adamw, config.betas, weight_decay=0.0, fused=True)
         optimizers = Optimizers(None, adamw)
-    work = Work(lm, optimizers, config)
+    work = make_work(lm, optimizers, config)
     for step in range(config.num_steps):
         batch = read_blocks(source, step * config.batch_size, config.batch_size, config.context)
         if variant.weights is not None:

@@ -2,10 +2,12 @@
 
     python -m benchmarks.gpu OUT.json [PART ...]
 
-Rates are medians of several runs by wall clock, each ended by a synchronisation. Fine-tuning is set against a plain
-padded loop and the rate of `torch.mm`, sampling against `transformers.generate` and against itself without graphs.
+Rates are by wall clock, each run ended by a synchronisation: medians of three runs after a warm-up for pretraining and
+fine-tuning, of two for sampling by graphs; one run without a warm-up for sampling without them, for
+`transformers.generate` and for PPO. Fine-tuning is set against a plain padded loop and the rate of `torch.mm`.
 """
 
+import gc
 import json
 import math
 import random
@@ -65,7 +67,8 @@ def limits() -> dict[str, Any]:
 def pretraining() -> dict[str, Any]:
     """Return milliseconds of an update of each size, with graphs and without, and how far their weights differ."""
     from qinglan.learn.blocks import Blocks
-    from qinglan.learn.pretrain import PretrainConfig, Work, make_optimizers, update
+    from qinglan.learn.pretrain_config import PretrainConfig
+    from qinglan.learn.pretrain_update import make_optimizers, make_work, update
     from qinglan.tasks.base_models import CONTEXT, base_tokenizer, build
 
     found: dict[str, Any] = {}
@@ -75,7 +78,7 @@ def pretraining() -> dict[str, Any]:
         for graphs in (False, True):
             lm = build(size, tokenizer, 0, device=Device.detect("cuda"))
             config = PretrainConfig(num_tokens=10**6, context=CONTEXT, batch_tokens=batch_tokens, cuda_graphs=graphs)
-            work = Work(lm, make_optimizers(lm, config), config)
+            work = make_work(lm, make_optimizers(lm, config), config)
             rng = torch.Generator().manual_seed(0)
             shape = (config.batch_size, CONTEXT + 1)
             batches = [
@@ -111,7 +114,7 @@ def fine_tuning() -> dict[str, Any]:
         "packed": {"pack": True, "max_tokens": 16384},
         "padded": {"pack": False, "max_tokens": 16384},
     }.items():
-        student = copy_language_model(lm)
+        student = copy_language_model(lm)  # beside `lm`, which stays
         config = SFTConfig(**changes)
         optimizer = config.optimizer.make(student.model)
         torch.cuda.reset_peak_memory_stats()
@@ -125,7 +128,8 @@ def fine_tuning() -> dict[str, Any]:
             "flops": 6.0 * num_trained * sum(lengths) / seconds,
             "peak_bytes": torch.cuda.max_memory_allocated(),
         }
-        del student, optimizer
+        del student, optimizer, ours  # else the next one's peak holds them too
+        gc.collect()
     student = copy_language_model(lm)
     optimizer = torch.optim.AdamW(student.model.parameters(), 1e-5, fused=True)
     torch.cuda.reset_peak_memory_stats()

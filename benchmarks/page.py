@@ -129,14 +129,17 @@ def gpu_table() -> str:
                 f"| {size} | {one['plain_ms']:.1f} | {one['graph_ms']:.1f} | {one['tokens_per_second']:,.0f} "
                 f"| {one['relative_difference_after_8_updates']:g} |"
             )
+    for size, one in found.get("pretraining_compiled", {}).items():
+        if isinstance(one, dict):
+            rates = f"{one['best']:,.0f} at best, {one['median']:,.0f} in the median"
+            lines.append(f"| {size}, compiled, {one['batch_tokens']:,} tokens | | | {rates} | |")
     lines += ["", "| job | side | rate |", "|---|---|---:|"]
     for side, name in (("graphs", "ours"), ("plain", "ours, no graphs"), ("transformers", "transformers generate")):
         lines.append(f"| sampling | {name} | {drawn[side]['tokens_per_second']:,.0f} tokens/s |")
     for side, name in (("packed", "ours, packed"), ("padded", "ours, padded"), ("plain_loop", "plain padded loop")):
         one = tuned[side]
         speed = f", {one['flops'] / 1e12:.0f} TFLOP/s" if "flops" in one else ""
-        memory = f"{one['peak_bytes'] / 2**30:.0f} GiB at the most"
-        lines.append(f"| fine-tuning | {name} | {one['tokens_per_second']:,.0f} tokens/s{speed}; {memory} |")
+        lines.append(f"| fine-tuning | {name} | {one['tokens_per_second']:,.0f} tokens/s{speed} |")
     for estimator in ("gae", "rloo"):
         one = found["ppo"][estimator]
         last = one["last_line"]

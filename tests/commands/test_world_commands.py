@@ -60,3 +60,5 @@ def test_a_second_start_in_one_folder_is_refused_and_loses_nothing(run, refused,
     again = run(*pretrain, *brief, "--resume")
     assert again.code == 0, again.err
     assert (tmp_path / "nano" / "stages" / "pretrain" / "model" / "model.safetensors").read_bytes() == weights
+    unprobed = run(*pretrain, "--num-probe-items", "0", "--parts", "plain", "--out", tmp_path / "unprobed", "--json")
+    assert json.loads(unprobed.out) == {"nano": {}}

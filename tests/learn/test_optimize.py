@@ -205,3 +205,11 @@ def test_clear_removes_all(tmp_path):
     (tmp_path / ".step-00000030.safetensors.x1.part").write_bytes(b"cut short by a kill")
     checkpointer.clear()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rate_that_is_a_tensor_is_filled_in_place():
+    rate = torch.tensor(0.5)
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))], rate, fused=True)
+    set_lr(optimizer, 0.25)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == 0.25

@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import signal
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -13,19 +14,16 @@ from tiny_world import CPU, make_lm, make_stage
 from torch import Tensor
 from toy_blocks import CONTEXT, copies, copies_until_killed
 
+from qinglan.core.device import Device
 from qinglan.core.errors import InputError
 from qinglan.core.files import read_json
 from qinglan.learn.blocks import Blocks, read_batches, read_blocks
-from qinglan.learn.pretrain import (
-    HELD_OUT_FIRST_BLOCK,
-    PretrainConfig,
-    average_weights,
-    block_loss,
-    held_out_loss,
-    make_optimizers,
-    pretrain,
-)
+from qinglan.learn.pretrain import HELD_OUT_FIRST_BLOCK, average_weights, held_out_loss, pretrain
+from qinglan.learn.pretrain_config import PretrainConfig
+from qinglan.learn.pretrain_update import block_loss, make_optimizers, make_work, update
 from qinglan.models.language_model import LanguageModel, load_language_model
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 TINY = PretrainConfig(
     num_tokens=12 * 4 * 9,
@@ -79,6 +77,59 @@ def test_held_out_loss_is_one_mean_over_blocks_that_are_never_trained_on():
     whole = read_blocks(copies, HELD_OUT_FIRST_BLOCK, TINY.num_held_out_blocks, CONTEXT)
     # Six blocks in batches of four: the second batch is smaller and must not count as much as the first.
     assert held_out_loss(lm, copies, TINY) == pytest.approx(float(block_loss(lm, whole)), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_no_token_is_predicted_from_what_follows_it(kind: str, attention: str):
+    lm = make_lm(kind)
+    lm.model.set_attn_implementation(attention)
+    token_ids, other = torch.arange(5, 21)[None], torch.arange(5, 21)[None].clone()
+    other[0, 8:] = 30
+    early = torch.tensor([[1.0] * 8 + [0.0] * 8])
+    one, two = (float(block_loss(lm, Blocks(ids, early)).detach()) for ids in (token_ids, other))
+    assert one == pytest.approx(two, rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- one update's work
+
+
+def train_a_little(lm: LanguageModel, **changes: bool) -> list[float]:
+    config = TINY.model_copy(update=changes)
+    work = make_work(lm, make_optimizers(lm, config), config)
+    batches = [read_blocks(copies, 4 * step, 4, CONTEXT) for step in range(6)]
+    return [update(work, config, batch, step, "test") for step, batch in enumerate(batches)]
+
+
+def test_a_loss_that_does_not_compile_is_said_and_trained_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def refuse(*_: object, **__: object) -> Callable[[], Tensor]:
+        def fail() -> Tensor:
+            raise RuntimeError("no compiler here")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    plain, tried = make_lm("qwen3"), make_lm("qwen3")
+    assert train_a_little(plain) == train_a_little(tried, compile=True)
+    assert_equal_weights(plain, tried)
+    assert "no compiler here" in capsys.readouterr().err
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+def test_recorded_updates_are_those_of_plain_ones_to_the_last_bit(kind: str):
+    device = Device.detect("cuda", "float32")
+    models = []
+    for graphs in (False, True):
+        lm = make_lm(kind)
+        lm = lm._replace(model=lm.model.to(device.torch_device), device=device)
+        losses = train_a_little(lm, cuda_graphs=graphs)
+        models.append((lm, losses))
+    (plain, losses), (recorded, others) = models
+    assert losses == others
+    assert_equal_weights(plain, recorded)
 
 
 # --------------------------------------------------------------------------------------------- schedules, optimizers

@@ -1,6 +1,8 @@
-"""Decoding by CUDA graphs: rounding shapes up changes nothing (anywhere), and neither does a graph (on a GPU)."""
+"""CUDA graphs: rounding shapes up changes nothing, memory goes, a failed recording is survived; on a GPU, exactness."""
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +10,11 @@ import pytest
 import torch
 
 from qinglan.core.device import Device
-from qinglan.models import decode_graphs, generate
-from qinglan.models.decode_graphs import COLUMN_STEP, DecodeGraphs
+from qinglan.models import cuda_graph, decode_graphs, generate, kv_cache
+from qinglan.models.cuda_graph import WARM_UP, Recorded, Space
+from qinglan.models.decode_graphs import DecodeGraphs
 from qinglan.models.generate import SamplingConfig
+from qinglan.models.kv_cache import SlotCache
 from tests.conftest import make_tiny_lm
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -24,42 +28,134 @@ def prompts_of(count: int) -> list[list[int]]:
 class Unrecorded:
     """Runs what would be recorded."""
 
-    def __init__(self, function: Callable[[], Any], name: str, **_: Any) -> None:
+    def __init__(self, function: Callable[[], Any], space: Any) -> None:
         self.function = function
 
     def __call__(self) -> Any:
         return self.function()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
-@pytest.mark.parametrize(("max_rows", "num_samples"), [(5, 1), (4, 3), (64, 2)])
-def test_rounded_shapes_draw_the_same(
-    kind: str, max_rows: int, num_samples: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lm = make_tiny_lm(kind)
-    config = SamplingConfig(max_new_tokens=12, max_rows=max_rows)
-    plain = generate.generate(lm, prompts_of(9), config, seed=1, num_samples=num_samples)
+class FakeSpace:
+    """A space without a GPU."""
 
+    can_record = True
+
+
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """Let models on the CPU decode by rounded shapes; returns (rows, columns, live rows) of every step."""
+    seen: list[tuple[int, int, int]] = []
     monkeypatch.setattr(decode_graphs, "Recorded", Unrecorded)
     monkeypatch.setattr(decode_graphs, "COLUMN_STEP", 8)
-    monkeypatch.setattr(decode_graphs, "Space", lambda: None)
-    shapes = set()
 
-    def record_steps(self: generate.SlotCache, num_slots: int, name: str) -> None:
-        def extend(tokens: torch.Tensor, positions: torch.Tensor, width: int) -> torch.Tensor:
-            shapes.add((len(tokens), width))
-            return self._extend(tokens, positions, width)
+    class Counting(DecodeGraphs):
+        def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, width: int) -> torch.Tensor:
+            states = super().__call__(tokens, positions, width)
+            seen.append((*next(reversed(self.steps)), len(tokens)))
+            return states
 
-        self.graphs = DecodeGraphs(extend, num_slots, self.slot_layers[0].capacity, name)
+    def record_steps(self: SlotCache, num_slots: int, name: str) -> None:
+        method = weakref.WeakMethod(self._extend)
+        self.graphs = Counting(lambda *step: method()(*step), num_slots, self.slot_layers[0].capacity, FakeSpace())
 
-    monkeypatch.setattr(generate.SlotCache, "record_steps", record_steps)
-    rounded = generate.generate(lm, prompts_of(9), config, seed=1, num_samples=num_samples)
+    monkeypatch.setattr(SlotCache, "record_steps", record_steps)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize(("max_rows", "num_samples"), [(6, 1), (6, 4), (64, 2)])
+def test_rounded_shapes_draw_the_same(
+    kind: str, max_rows: int, num_samples: int, shapes: list[tuple[int, int, int]]
+) -> None:
+    lm = make_tiny_lm(kind)
+    lm = lm._replace(chat=lm.chat._replace(end_ids=frozenset(range(0, 100, 8))))  # rows end at different times
+    prompts, config = prompts_of(9), SamplingConfig(max_new_tokens=12, max_rows=max_rows)
+    plain_config = config.model_copy(update={"cuda_graphs": False})
+    plain = generate.generate(lm, prompts, plain_config, seed=1, num_samples=num_samples)
+    assert not shapes
+    rounded = generate.generate(lm, prompts, config, seed=1, num_samples=num_samples)
     for before, after in zip(plain, rounded, strict=True):
         assert [one.token_ids for one in before] == [one.token_ids for one in after]
         for one, other in zip(before, after, strict=True):
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
-    capacity = max(len(prompt) for prompt in prompts_of(9)) + 12
-    assert all(width % 8 == 0 or width == capacity for _, width in shapes)
+    num_slots = min(max_rows, 9 * num_samples)
+    quarter, capacity = -(-num_slots // 4), max(map(len, prompts)) + 12
+    assert {rows for rows, _, _ in shapes} <= {min(num_slots, quarter * n) for n in range(1, 5)}
+    assert all(columns % 8 == 0 or columns == capacity for _, columns, _ in shapes)
+    assert any(rows > live for rows, _, live in shapes)
+
+
+def test_a_call_leaves_no_memory_behind(shapes: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, caches = make_tiny_lm("llama"), []
+    make = generate.make_row_memory
+
+    def watched(*args: Any) -> Any:
+        memory = make(*args)
+        caches.append(weakref.ref(memory))
+        return memory
+
+    monkeypatch.setattr(generate, "make_row_memory", watched)
+    gc.disable()  # what only a collection frees would keep a GPU's memory for as long as it likes
+    try:
+        generate.generate(lm, prompts_of(3), SamplingConfig(max_new_tokens=4), seed=1)
+        assert shapes
+        assert [cache() for cache in caches] == [None]
+    finally:
+        gc.enable()
+
+
+def test_what_cannot_be_recorded_runs_as_it_is_and_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Context:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None: ...
+
+    class Stream:
+        def wait_stream(self, _: Any) -> None: ...
+
+    class Graph:
+        def capture_begin(self, pool: Any) -> None: ...
+
+        def capture_end(self) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    fakes = {
+        "device": lambda _: Context(),
+        "stream": lambda _: Context(),
+        "Stream": Stream,
+        "current_stream": Stream,
+        "graph_pool_handle": lambda: None,
+        "CUDAGraph": Graph,
+        "synchronize": lambda: None,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(cuda_graph.torch.cuda, name, fake)
+    calls, failures = [], []
+
+    def work() -> int:
+        calls.append(len(calls))
+        if len(calls) == WARM_UP + 1:  # the first call that is being recorded
+            raise RuntimeError("cannot look at a value while recording")
+        return len(calls)
+
+    space = Space(torch.device("cuda"), "decoding with tiny", lambda: failures.append(1))
+    one, other = Recorded(work, space), Recorded(lambda: "as it is", space)
+    assert [one() for _ in range(WARM_UP + 2)] == [1, 2, 3, 5, 6]
+    assert [other() for _ in range(WARM_UP + 2)] == ["as it is"] * (WARM_UP + 2)
+    assert failures == [1]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "decoding with tiny" in said
+    assert "cannot look at a value" in said  # the cause, and not what the end of the capture made of it
+
+
+def test_a_model_on_the_cpu_decodes_without_graphs() -> None:
+    lm = make_tiny_lm("llama")
+    cache = SlotCache(lm.model, kv_cache.attention_plan(lm.model), 2, 8, None)
+    cache.record_steps(2, "tiny")
+    assert cache.graphs is None  # a model on the CPU has no kernels to launch
 
 
 @needs_gpu
@@ -77,4 +173,3 @@ def test_graphs_draw_what_plain_steps_draw(dtype: str) -> None:
         if dtype == "float32":
             assert before.token_ids == after.token_ids
         assert before.logprobs[:8] == pytest.approx(after.logprobs[:8], abs=tolerance)
-    assert COLUMN_STEP % 8 == 0  # attention kernels want masks that are aligned

@@ -15,7 +15,8 @@ from qinglan.core.run import Measure, Run
 from qinglan.evals.bug_surprisal import bug_surprisal, planted_bugs
 from qinglan.evals.capability import WITHOUT_EXTRAS, probe_capabilities
 from qinglan.evals.capability_picture import check_ending, draw_capabilities
-from qinglan.learn.pretrain import PretrainConfig, Probe, pretrain
+from qinglan.learn.pretrain import Probe, pretrain
+from qinglan.learn.pretrain_config import PretrainConfig
 from qinglan.models.language_model import LanguageModel, completion_logprobs, load_language_model
 from qinglan.tasks import corpus, demonstrators
 from qinglan.tasks.assistant import TASKS, draw_prompts, grade, make_item, overall

@@ -82,10 +82,7 @@ def bf16_attention(
             added = torch.full((end - start, last), lowest, dtype=query.dtype).triu_(last - (end - start) + 1)
         else:
             part = mask[:, :, start:end]
-            is_seen = part if part.dtype == torch.bool else part > lowest
-            # Behind the block, and in the packed sequences before its own, no query sees anything.
-            columns = is_seen.flatten(0, 2).any(0).nonzero()[:, 0]
-            first, last = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, num_columns)
+            first, last = seen_columns(part, num_columns)
             part = part[..., first:last]
             if part.dtype == torch.bool:
                 added = torch.zeros(part.shape, dtype=query.dtype).masked_fill_(~part, lowest)
@@ -94,6 +91,19 @@ def bf16_attention(
         seen = slice(first, last)
         blocks.append(_Block.apply(query[:, :, start:end], key[:, :, seen], value[:, :, seen], added, scale))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+def seen_columns(mask: Tensor, num_columns: int) -> tuple[int, int]:
+    """Return the first column that some query of a block sees, and the one behind the last.
+
+    Behind the block, and in the packed sequences before its own, no query sees anything.
+    """
+    # What depends on values would cut a compiled graph in two.
+    if mask.shape[-1] != num_columns or torch.compiler.is_compiling():
+        return 0, num_columns
+    is_seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    columns = is_seen.flatten(0, 2).any(0).nonzero()[:, 0]
+    return (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, num_columns)
 
 
 class _Block(torch.autograd.Function):

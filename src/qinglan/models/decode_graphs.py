@@ -31,17 +31,21 @@ class _Step(NamedTuple):
 
 
 class DecodeGraphs:
-    """Steps of one `SlotCache`, each recorded when its shape comes for the second time."""
+    """Steps of one `SlotCache`, each recorded when its shape has come a few times."""
 
-    def __init__(self, extend: Extend, num_slots: int, capacity: int, name: str) -> None:
-        """Prepare for up to `num_slots` live rows of `capacity` columns; `extend` runs one step as it is."""
-        self.extend, self.num_slots, self.capacity, self.name = extend, num_slots, capacity, name
+    def __init__(self, extend: Extend, num_slots: int, capacity: int, space: Space) -> None:
+        """Prepare for up to `num_slots` live rows of `capacity` columns; `extend` runs one step as it is.
+
+        One space for all shapes, as the states of a step are read before the next step.
+        """
+        self.extend, self.num_slots, self.capacity, self.space = extend, num_slots, capacity, space
         self.row_step = max(1, -(-num_slots // ROW_SHAPES))
-        self.space = Space()  # shared: the states of a step are read before the next step
         self.steps: dict[tuple[int, int], _Step] = {}
 
     def __call__(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
         """Return what `extend` would."""
+        if not self.space.can_record:
+            return self.extend(tokens, positions, width)
         live = tokens.shape[0]
         rows = min(self.num_slots, -(-live // self.row_step) * self.row_step)
         columns = min(self.capacity, -(-width // COLUMN_STEP) * COLUMN_STEP)
@@ -55,6 +59,5 @@ class DecodeGraphs:
 
     def _make(self, rows: int, columns: int, like: Tensor) -> _Step:
         tokens, positions = (torch.zeros(rows, 1, dtype=torch.long, device=like.device) for _ in range(2))
-        name = f"decoding with {self.name}"
-        run = Recorded(lambda: self.extend(tokens, positions, columns), name, warm_up=1, space=self.space)
-        return _Step(tokens, positions, run)
+        extend = self.extend
+        return _Step(tokens, positions, Recorded(lambda: extend(tokens, positions, columns), self.space))

@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
+from weakref import WeakMethod, WeakSet
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from qinglan.models.cuda_graph import Space
 from qinglan.models.decode_graphs import DecodeGraphs
 from qinglan.models.language_model import max_context
 
@@ -146,6 +148,10 @@ class SlotLayer(CacheLayerMixin):
         return self.capacity
 
 
+_UNRECORDABLE: WeakSet[PreTrainedModel] = WeakSet()
+"""Models whose steps could not be recorded: that follows from the architecture, so it is tried, and said, once."""
+
+
 class SlotCache(Cache):
     """The slots of all layers, and the forward passes that fill and read them (a `RowMemory`)."""
 
@@ -162,8 +168,18 @@ class SlotCache(Cache):
 
     def record_steps(self, num_slots: int, name: str) -> None:
         """Decode by CUDA graphs where the model is on a GPU; rows live in the first `num_slots` slots."""
-        if self.model.device.type == "cuda":
-            self.graphs = DecodeGraphs(self._extend, num_slots, self.slot_layers[0].capacity, name)
+        model = self.model
+        if model.device.type != "cuda" or model in _UNRECORDABLE:
+            return
+        space = Space(model.device, f"decoding with {name}", lambda: _UNRECORDABLE.add(model))
+        extend = WeakMethod(self._extend)  # else cache and graphs would keep each other alive, and all their memory
+
+        def step(tokens: Tensor, positions: Tensor, width: int) -> Tensor:
+            method = extend()
+            assert method is not None
+            return method(tokens, positions, width)
+
+        self.graphs = DecodeGraphs(step, num_slots, self.slot_layers[0].capacity, space)
 
     def values_per_token(self) -> int:
         """Return how many numbers one token of one row takes; the model must have run once."""

@@ -56,7 +56,7 @@ SIZES: dict[str, Size] = {
     "small": Size(num_layers=7, hidden=256, mlp=688, num_heads=8, head_dim=32),
     "base": Size(num_layers=10, hidden=384, mlp=1024, num_heads=12, head_dim=32),
 }
-"""About 0.27, 0.66, 2.2, 6.1 and 18.6 million parameters with a vocabulary of 2,304; the last two were trained on a GPU."""
+"""About 0.27, 0.66, 2.2, 6.1 and 18.6 million parameters with a vocabulary of 2,304; the last two come from a GPU."""
 
 
 # ------------------------------------------------------------------------------------------------------------ fresh
