@@ -16,7 +16,7 @@ MUST_REACH, AIM = 3.0, 5.0
 NUM_SAMPLES = 8
 OURS: dict[str, list[dict[str, Any]]] = {
     "llama": [{"max_rows": 512}, {"max_rows": 128}],
-    "mini": [{"max_rows": 512}],
+    "mini": [{"max_rows": 128}, {"max_rows": 512, "memory": "more than the peer"}],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
     "llama": [
