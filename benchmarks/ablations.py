@@ -77,7 +77,6 @@ VARIANTS: dict[str, Variant] = {
     "no muon, adamw 0.01": Variant(only_adamw=0.01),
     "batch 2048": Variant({"batch_tokens": 2048}),
     "batch 4096": Variant({"batch_tokens": 4096}),
-    "context 128": Variant({"context": 128}),
     "cosine": Variant({"schedule": "cosine"}),
     "linear": Variant({"schedule": "linear"}),
     "rope base 100": Variant(constants={"ROPE_BASE": 100.0}),
