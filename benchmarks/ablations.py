@@ -118,8 +118,7 @@ def run(variant: Variant, seed: int, num_tokens: int) -> dict[str, float]:
     source = CorpusBlocks(tokenizer._tokenizer, seed, config.context, num_early, variant.parts)
     optimizers = make_optimizers(lm, config)
     if variant.only_adamw is not None:
-        changed = PretrainConfig(**changes | {"adamw_lr": variant.only_adamw}, dtype="bfloat16")
-        config = changed
+        config = config.model_copy(update={"adamw_lr": variant.only_adamw})
         adamw = torch.optim.AdamW(lm.model.parameters(), variant.only_adamw, config.betas, weight_decay=0.0, fused=True)
         optimizers = Optimizers(None, adamw)
     work = make_work(lm, optimizers, config)

@@ -32,6 +32,9 @@ from qinglan.models.language_model import LanguageModel, TokenSequence
 os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses, and for `prepare_process`
 torch.set_num_threads(1)
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+"""Of tests that compare what a GPU does with and without recorded steps; the suite of a CPU leaves them out."""
+
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen2_sliding", "qwen3", "gpt2", "gemma2", "gemma3")
 CPU = Device(torch.device("cpu"), torch.float32)
 CHATML = (

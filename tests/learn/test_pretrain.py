@@ -22,8 +22,7 @@ from qinglan.learn.pretrain import HELD_OUT_FIRST_BLOCK, average_weights, held_o
 from qinglan.learn.pretrain_config import PretrainConfig
 from qinglan.learn.pretrain_update import block_loss, make_optimizers, make_work, update
 from qinglan.models.language_model import LanguageModel, load_language_model
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+from tests.conftest import needs_gpu
 
 TINY = PretrainConfig(
     num_tokens=12 * 4 * 9,

@@ -15,9 +15,7 @@ from qinglan.models.cuda_graph import WARM_UP, Recorded, Space
 from qinglan.models.decode_graphs import DecodeGraphs
 from qinglan.models.generate import SamplingConfig
 from qinglan.models.kv_cache import SlotCache
-from tests.conftest import make_tiny_lm
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+from tests.conftest import make_tiny_lm, needs_gpu
 
 
 def prompts_of(count: int) -> list[list[int]]:
@@ -104,34 +102,68 @@ def test_a_call_leaves_no_memory_behind(shapes: list[tuple[int, int, int]], monk
         gc.enable()
 
 
-def test_what_cannot_be_recorded_runs_as_it_is_and_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Context:
-        def __enter__(self) -> None: ...
+class Context:
+    """A device or stream that does nothing."""
 
-        def __exit__(self, *_: object) -> None: ...
+    def __enter__(self) -> None: ...
 
-    class Stream:
-        def wait_stream(self, _: Any) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
-    class Graph:
-        def capture_begin(self, pool: Any) -> None: ...
+    def wait_stream(self, _: Any) -> None: ...
 
-        def capture_end(self) -> None:
-            raise RuntimeError("operation failed due to a previous error during capture")
 
+class Graph:
+    """A graph that counts its replays."""
+
+    replays = 0
+
+    def capture_begin(self, pool: Any) -> None: ...
+
+    def capture_end(self) -> None: ...
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+class BrokenGraph(Graph):
+    def capture_end(self) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def fake_cuda(monkeypatch: pytest.MonkeyPatch, graph: type[Graph]) -> None:
     fakes = {
         "device": lambda _: Context(),
         "stream": lambda _: Context(),
-        "Stream": Stream,
-        "current_stream": Stream,
+        "Stream": Context,
+        "current_stream": Context,
         "graph_pool_handle": lambda: None,
-        "CUDAGraph": Graph,
+        "CUDAGraph": graph,
         "synchronize": lambda: None,
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(cuda_graph.torch.cuda, name, fake)
+
+
+def test_a_function_runs_a_few_times_is_recorded_once_and_then_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda(monkeypatch, Graph)
+    calls: list[int] = []
+
+    def work() -> list[int]:
+        calls.append(1)
+        return calls
+
+    recorded = Recorded(work, Space(torch.device("cuda"), "work"))
+    for _ in range(WARM_UP + 5):
+        assert recorded() is calls
+    assert len(calls) == WARM_UP + 1  # the last of them while it was being recorded
+    assert recorded.graph is not None
+    assert recorded.graph.replays == 5  # recording runs nothing, so the call that records replays too
+
+
+def test_what_cannot_be_recorded_runs_as_it_is_and_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_cuda(monkeypatch, BrokenGraph)
     calls, failures = [], []
 
     def work() -> int:

@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from qinglan.cli import CommandResult, Options
 from qinglan.core.config import Config
 from qinglan.core.device import Device, prepare_process
@@ -89,7 +91,7 @@ class PretrainCommand(Config):
     """Share of the tokens, at the start, in which half of the documents are induction."""
     device: str = "auto"
     """cpu, cuda or auto."""
-    num_probe_items: int = 100
+    num_probe_items: int = Field(default=100, ge=0)
     """Items of each capability probe on the way and at the end; 0 probes nothing."""
     parts: tuple[str, ...] = corpus.FAMILY_PARTS
     """Parts of the corpus to train on: plain, induction, judging, code, chess (which needs an extra)."""
@@ -127,10 +129,10 @@ def pretrain_sizes(config: PretrainCommand, options: Options) -> CommandResult:
             tokenizer._tokenizer, options.seed, config.training.context, num_early, config.parts
         )
         fresh = build(size, tokenizer, options.seed, device=device)
-        probe = _probe_rates(config, options.seed) if config.num_probe_items else None
+        has_probes = config.num_probe_items > 0
+        probe = _probe_rates(config, options.seed) if has_probes else None
         lm = pretrain(fresh, source, config.training, stage=stage, seed=options.seed, probe=probe)
         stage.finish()
-        has_probes = config.num_probe_items > 0
         measures = probe_capabilities(lm, num_items=config.num_probe_items, seed=options.seed) if has_probes else {}
         if config.ship:
             rates = {name: measure._asdict() for name, measure in measures.items()}

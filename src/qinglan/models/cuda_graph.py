@@ -35,7 +35,7 @@ class Space:
     def give_up(self, error: RuntimeError) -> None:
         """Record nothing from now on."""
         self.can_record = False
-        why = str(error).splitlines()[0]
+        why = next(iter(str(error).splitlines()), type(error).__name__)
         print(f"{self.name}: cannot be recorded as a CUDA graph ({why}); going on without", file=sys.stderr)
         if self.on_failure is not None:
             self.on_failure()
