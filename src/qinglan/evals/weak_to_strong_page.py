@@ -57,7 +57,9 @@ def verdict(report: Report, found: Findings) -> tuple[str, ...]:
     """Return short sentences that say what came out."""
     metrics = report.metrics
     count = metrics["tasks_admitted"]
-    sentences = [f"{count.value} of {count.n} tasks were admitted by the rules fixed beforehand."]
+    models = {(one.weak, one.strong) for one in found.outcome.admission}
+    where = " for some pair of models" if len(models) > 1 else ""
+    sentences = [f"{count.value} of {count.n} tasks were admitted{where} by the rules fixed beforehand."]
     naive, confident = metrics["pgr/naive"], metrics["pgr/confidence"]
     if naive.value is not None:
         sentences.insert(0, f"Taught by weak labels alone, the student recovers {_said(naive)} of the gap.")
