@@ -133,7 +133,7 @@ def tuned_options(job: str, setting: str, dtype: str) -> dict[str, Any]:
 
 
 def tune(job: str, setting: str, dtype: str, folder: Path, python_of: Callable[[str], str], *, again: bool) -> None:
-    """Try every candidate setting of both sides once; write the rates and the best of each side.
+    """Try every candidate setting of both sides, warmed up; write the rates and the best of each side.
 
     The best is the fastest that computes the same as the other side ("differs" names what does not) and takes no more
     memory than it ("memory" names what does). Without `again` what was tried before stays.
@@ -151,6 +151,7 @@ def tune(job: str, setting: str, dtype: str, folder: Path, python_of: Callable[[
         for options in [one for one in candidates if one not in [done["options"] for done in tried]]:
             try:
                 side = Side(job, name, folder, options | {"dtype": dtype}, python_of(name))
+                side.run()  # warm-up: a first run can be half as fast
                 measured = side.run()
                 side.end()
                 rates = {"rate": measured.rate, "cpu_rate": measured.cpu_rate}

@@ -15,7 +15,12 @@ MUST_REACH, AIM = 2.0, 3.0
 EPISODES, MINIBATCH, EPOCHS, NEW_TOKENS = 32, 16, 4, 64
 USES_OLD_TRL = True
 OURS: dict[str, list[dict[str, Any]]] = {
-    "llama": [{"max_tokens": 1024}, {"max_tokens": 2048}, {"max_tokens": 8192}],
+    "llama": [
+        {"max_tokens": 1024},
+        {"max_tokens": 2048},
+        {"max_tokens": 8192},
+        {"max_tokens": 2048, "value_model": "shared_trunk", "differs": "the value is a head on the policy's trunk"},
+    ],
     "mini": [{"max_tokens": 8192}],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
@@ -47,14 +52,16 @@ def ours(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
         kl_coef=0.05,
         missing_eos="keep",
         max_tokens=options["max_tokens"],
+        value_model=options.get("value_model", "separate"),
     )
+    value_start = reward_model if config.value_model == "separate" else None
 
     def make_slice() -> Callable[[], float]:
         stage, folder = new_stage()
 
         def run() -> float:
             scorer = as_scorer(reward_model)
-            train_ppo(policy, reference, scorer, prompts, config, stage=stage, seed=0, value_start=reward_model)
+            train_ppo(policy, reference, scorer, prompts, config, stage=stage, seed=0, value_start=value_start)
             folder.cleanup()
             return float(num_iterations * EPISODES)
 

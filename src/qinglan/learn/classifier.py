@@ -16,7 +16,6 @@ small batch; gradients are clipped. `ClassifierConfig.released()` has the choice
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, Self
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -34,6 +33,7 @@ from qinglan.learn.confidence import (
     confidence_weight,
     product_targets,
 )
+from qinglan.learn.head_start import choose_head, probe_direction
 from qinglan.learn.labelled import Example, Labelled, check_labelled, encode_examples
 from qinglan.learn.losses import pairwise_loss
 from qinglan.learn.optimize import (
@@ -46,9 +46,7 @@ from qinglan.learn.optimize import (
     set_lr,
     training_tensors,
 )
-from qinglan.learn.probe import fit_probe
 from qinglan.models.adapters import LoRAConfig, end_of_training
-from qinglan.models.cases import case_features
 from qinglan.models.classifier import (
     HeadStart,
     TextClassifier,
@@ -76,9 +74,10 @@ class ClassifierConfig(Config):
     """Cases per update (paper: 32; small here, so that few cases still make 200 updates and more)."""
     num_outputs: int = Field(default=2, ge=1, le=2)
     """Units of the head: one for each class, or a single logit; pairs of texts always have one."""
-    head: HeadStart = "probe"
+    head: Literal["auto"] | HeadStart = "probe"
     """First weights of the head: a linear probe of the same labels (Kumar et al. 2022: a random head first distorts
-    what the model knows), the unembedding rows of the verdict words (paper: of "0" and "1"), N(0, 1/(D+1)), or zero."""
+    what the model knows), the unembedding rows of the verdict words (paper: of "0" and "1"), N(0, 1/(D+1)), or zero.
+    "auto": the words where zero-shot verdicts agree with the labels more than chance would, else a probe."""
     loss: Literal["naive", "confidence", "product"] = "naive"
     """Cross-entropy against the labels, with the auxiliary confidence loss, or against the product with own
     predictions (released code only)."""
@@ -179,11 +178,11 @@ def train_classifier(
     num_steps = config.num_epochs * steps_per_epoch
 
     # 2. Student and state
-    is_pair = len(examples[0].sequences) == 2
+    is_pair, head = len(examples[0].sequences) == 2, choose_head(start, labelled, config.head)
     student = classifier_from(
         start,
         num_outputs=1 if is_pair else config.num_outputs,
-        head=config.head,
+        head=head,
         seed=stream_seed(seed, "classifier", "head"),
         words=labelled.cases[0].verdicts,
         lora=config.lora,
@@ -192,10 +191,10 @@ def train_classifier(
     checkpointer = Checkpointer(stage.dir / "checkpoints")
     state = checkpointer.load()
     if state is None:
-        if config.head == "probe":
+        if head == "probe":
             set_direction(student, probe_direction(start, labelled))
         steps_done, best, buffer = 0, Best(None, 0, {}), Buffer(torch.empty(0), torch.empty(0))
-        stage.log(0, look(student, valid_examples, measure, config))
+        stage.log(0, look(student, valid_examples, measure, config) | {"starts_at_words": float(head == "words")})
     else:
         restore_training(state.tensors, student.model, optimizer)
         steps_done, best = state.step, Best.restored(state)
@@ -233,12 +232,6 @@ def train_classifier(
     save_classifier(student, directory)
     checkpointer.clear()
     return student
-
-
-def probe_direction(lm: LanguageModel, labelled: Labelled) -> Tensor:
-    """Return the direction [D] of a linear probe without bias (heads have none), fitted to the labels."""
-    probe = fit_probe(case_features(lm, labelled.cases), np.array(labelled.targets), with_bias=False)
-    return torch.tensor(probe.weights, dtype=torch.float32)
 
 
 def _check_keep(config: ClassifierConfig, valid: Sequence[Example], measure: MeasureTruth | None, where: str) -> None:

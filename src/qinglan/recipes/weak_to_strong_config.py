@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from qinglan.core.config import Config
+from qinglan.core.device import Dtype
 from qinglan.data.labelled import LabelledFileConfig
 from qinglan.evals.weak_to_strong import AdmissionConfig
 from qinglan.learn.classifier import ClassifierConfig
@@ -65,6 +66,8 @@ class WeakToStrongConfig(Config):
     """Chat template: the model's own, or plain "User: ... Assistant:" text for models without one."""
     device: str = "auto"
     """cpu, cuda or auto."""
+    dtype: Dtype = "auto"
+    """Precision of matrix products; auto is bfloat16 on a GPU that has it, else float32. Losses are float32 always."""
     num_half: int = Field(default=600, ge=16)
     """Cases in each half: A trains the supervisor, B student and ceiling (paper: 10,000 in the released code)."""
     num_valid: int = Field(default=100, ge=16)

@@ -26,7 +26,7 @@ OWN_FILE = "your_data"
 @lru_cache(maxsize=4)
 def open_model(config: WeakToStrongConfig, name: str) -> LanguageModel:
     """Return a base model, loaded once in a process."""
-    lm = load_language_model(resolve_model(name), Device.detect(config.device), template=config.template)
+    lm = load_language_model(resolve_model(name), Device.detect(config.device, config.dtype), template=config.template)
     return lm._replace(name=short(name))
 
 

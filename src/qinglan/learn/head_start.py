@@ -1,0 +1,43 @@
+"""What the head of a classifier starts from, decided by the labels that it is given and by nothing else.
+
+A random head first distorts what a pretrained model knows (Kumar et al. 2022). Two starts do not: the unembedding rows of
+the verdict words, so that training begins at the model's own zero-shot verdict (Burns et al. 2023, appendix A, take the
+rows of "0" and "1"), and a linear probe of the labels, which needs no words but begins at whatever the labels say.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qinglan.learn.labelled import Labelled
+from qinglan.learn.probe import fit_probe
+from qinglan.models.cases import case_features, verdict_logits
+from qinglan.models.classifier import HeadStart
+from qinglan.models.language_model import LanguageModel
+
+NUM_ASKED = 600
+"""Cases that are asked zero-shot at the most, which is a small part of what training costs."""
+
+
+def choose_head(lm: LanguageModel, labelled: Labelled, wanted: HeadStart | Literal["auto"]) -> HeadStart:
+    """Return the wanted start; for "auto" the verdict words where they mean what the labels say, else a probe.
+
+    They do where zero-shot verdicts, cut at their median, agree with more labels than 97.5% of coin tosses would: words
+    that the model never learnt to use in this way would be a random start.
+    """
+    if wanted != "auto":
+        return wanted
+    if labelled.cases[0].verdicts is None or len(labelled.cases[0].texts) != 1:
+        return "probe"
+    cases, labels = labelled.cases[:NUM_ASKED], np.array(labelled.targets[:NUM_ASKED]) > 0.5
+    verdicts = verdict_logits(lm, cases).numpy()
+    agreement = float(np.mean((verdicts > np.median(verdicts)) == labels))
+    return "words" if agreement > 0.5 + 1.96 * (0.25 / len(labels)) ** 0.5 else "probe"
+
+
+def probe_direction(lm: LanguageModel, labelled: Labelled) -> Tensor:
+    """Return the direction [D] of a linear probe without bias (heads have none), fitted to the labels."""
+    probe = fit_probe(case_features(lm, labelled.cases), np.array(labelled.targets), with_bias=False)
+    return torch.tensor(probe.weights, dtype=torch.float32)
