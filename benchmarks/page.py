@@ -29,9 +29,9 @@ def ratio(found: dict[str, float]) -> str:
 def results_table() -> str:
     """Return one row for each job and setting."""
     lines = [
-        "| job | model | products | ours / peer, wall clock | by CPU time | with the peer's defaults | ours | peer "
-        "| unit | memory | must, aim |",
-        "|---|---|---|---:|---:|---:|---:|---:|---|---:|---|",
+        "| job | model | products | threads | ours / peer, wall clock | by CPU time | with the peer's defaults | ours "
+        "| peer | unit | memory | must, aim |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---|---:|---|",
     ]
     for job in JOBS:
         path = RESULTS / f"{job}.json"
@@ -43,7 +43,7 @@ def results_table() -> str:
             defaults = one.get("ratio_to_peer_defaults")
             products = "; ".join([settings["dtype"], *([one["note"]] if "note" in one else [])])
             lines.append(
-                f"| {job} | {settings['model']} | {products} | {ratio(one['ratio'])} "
+                f"| {job} | {settings['model']} | {products} | {settings.get('threads', 1)} | {ratio(one['ratio'])} "
                 f"| {ratio(one['cpu_ratio'])} | {ratio(defaults['cpu_ratio']) if defaults else ''} "
                 f"| {one['ours']['median']:.4g} | {one['peer']['median']:.4g} | {module.UNIT} "
                 f"| {one['memory_ratio']:.2f} | {module.MUST_REACH:g}x, {module.AIM:g}x |"

@@ -31,7 +31,7 @@ def test_the_words_are_taken_where_zero_shot_verdicts_agree_with_the_labels() ->
 
 @pytest.mark.parametrize(("num_wrong", "expected"), [(22, "words"), (23, "probe")])
 def test_the_agreement_must_be_more_than_chance(num_wrong: int, expected: str) -> None:
-    # n = 60: 0.5 + 1.96 sqrt(0.25 / 60) = 0.6265. Of 60 verdicts 38 agree with 22 labels turned (0.633), 37 with 23 (0.617).
+    # n = 60: 0.5 + 1.96 sqrt(0.25 / 60) = 0.6265. With 22 labels turned 38 verdicts agree (0.633), with 23 37 (0.617).
     cases, targets = asked()
     labelled = Labelled(cases, [1.0 - t if i < num_wrong else t for i, t in enumerate(targets)])
     assert choose_head(make_lm(), labelled, "auto") == expected

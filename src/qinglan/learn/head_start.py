@@ -1,8 +1,8 @@
 """What the head of a classifier starts from, decided by the labels that it is given and by nothing else.
 
-A random head first distorts what a pretrained model knows (Kumar et al. 2022). Two starts do not: the unembedding rows of
-the verdict words, so that training begins at the model's own zero-shot verdict (Burns et al. 2023, appendix A, take the
-rows of "0" and "1"), and a linear probe of the labels, which needs no words but begins at whatever the labels say.
+A random head first distorts what a pretrained model knows (Kumar et al. 2022). Two starts do not: the unembedding rows
+of the verdict words, so that training begins at the model's own zero-shot verdict (Burns et al. 2023, appendix A, take
+the rows of "0" and "1"), and a linear probe of the labels, which needs no words but begins at whatever the labels say.
 """
 
 from typing import Literal
