@@ -1,52 +1,70 @@
-"""Where a head starts: decided by the given labels and the model's zero-shot verdicts, never by the truth."""
+"""Where a head starts: decided by the model's zero-shot verdicts and the given labels, never by the truth."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from test_classifier import settings, train, words_with_q
-from tiny_world import make_lm
+from test_classifier import settings, words_with_q
+from tiny_world import make_lm, make_stage
 
+from qinglan.learn.classifier import train_classifier
 from qinglan.learn.head_start import choose_head
 from qinglan.learn.labelled import Labelled
 from qinglan.learn.optimize import OptimizerConfig
 from qinglan.models.cases import verdict_logits
 from qinglan.models.classifier import case_logits, classifier_from
+from qinglan.models.language_model import LanguageModel
 
 
-def asked(count: int = 60) -> Labelled:
-    """Cases with verdict words, labelled by what the tiny model itself says of them zero-shot, cut at its median."""
+def lm_times(factor: float) -> LanguageModel:
+    """The tiny model with its vocabulary logits multiplied: with a large factor it is sure of whatever it says."""
+    lm = make_lm()
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight.mul_(factor)  # type: ignore[union-attr, operator]
+    return lm
+
+
+def own_verdicts(lm: LanguageModel, count: int = 60) -> Labelled:
+    """Cases with verdict words, labelled by what the model itself says of them zero-shot, cut at its median."""
     cases = [case._replace(verdicts=("n", "y")) for case in words_with_q(count).cases]
-    verdicts = verdict_logits(make_lm(), cases)
-    return Labelled(cases, [float(verdict > verdicts.median()) for verdict in verdicts])
+    verdicts = verdict_logits(lm, cases)
+    return Labelled(cases, [float(verdict > verdicts.quantile(0.5)) for verdict in verdicts])
 
 
-def test_the_words_are_taken_where_zero_shot_verdicts_agree_with_the_labels() -> None:
-    lm, labelled = make_lm(), asked()
-    assert choose_head(lm, labelled, "auto") == "words"
-    turned = Labelled(labelled.cases, [1.0 - target for target in labelled.targets])
-    assert choose_head(lm, turned, "auto") == "probe"
-    assert choose_head(lm, turned, "words") == "words"  # what is asked for by name is not questioned
+def test_the_words_are_taken_by_a_model_that_is_sure_of_them() -> None:
+    unsure, sure = lm_times(1.0), lm_times(1000.0)
+    assert choose_head(unsure, own_verdicts(unsure), "auto") == "probe"
+    assert choose_head(sure, own_verdicts(sure), "auto") == "words"
+    assert choose_head(unsure, own_verdicts(unsure), "words") == "words"  # what is asked for by name is not questioned
+
+
+def test_labels_that_say_the_opposite_speak_against_the_words() -> None:
+    sure = lm_times(1000.0)
+    cases, targets = own_verdicts(sure)
+    assert choose_head(sure, Labelled(cases, [1.0 - target for target in targets]), "auto") == "probe"
 
 
 @pytest.mark.parametrize(("num_wrong", "expected"), [(22, "words"), (23, "probe")])
 def test_the_agreement_must_be_more_than_chance(num_wrong: int, expected: str) -> None:
     # n = 60: 0.5 + 1.96 sqrt(0.25 / 60) = 0.6265. With 22 labels turned 38 verdicts agree (0.633), with 23 37 (0.617).
-    cases, targets = asked()
+    sure = lm_times(1000.0)
+    cases, targets = own_verdicts(sure)
     labelled = Labelled(cases, [1.0 - t if i < num_wrong else t for i, t in enumerate(targets)])
-    assert choose_head(make_lm(), labelled, "auto") == expected
+    assert choose_head(sure, labelled, "auto") == expected
 
 
 def test_without_words_or_with_two_texts_it_is_a_probe() -> None:
-    lm, (cases, targets) = make_lm(), asked()
-    assert choose_head(lm, Labelled([case._replace(verdicts=None) for case in cases], targets), "auto") == "probe"
+    sure = lm_times(1000.0)
+    cases, targets = own_verdicts(sure)
+    assert choose_head(sure, Labelled([case._replace(verdicts=None) for case in cases], targets), "auto") == "probe"
     pairs = [case._replace(texts=(case.texts[0], "a")) for case in cases]
-    assert choose_head(lm, Labelled(pairs, targets), "auto") == "probe"
+    assert choose_head(sure, Labelled(pairs, targets), "auto") == "probe"
 
 
 def test_training_starts_where_the_choice_says(tmp_path: Path) -> None:
-    labelled = asked()
+    sure = lm_times(1000.0)
+    labelled = own_verdicts(sure)
     still = settings(head="auto", num_epochs=1, optimizer=OptimizerConfig(learning_rate=0.0))
-    student = train(tmp_path, labelled, still)
-    by_words = classifier_from(make_lm(), num_outputs=2, head="words", seed=0, words=("n", "y"))
+    student = train_classifier(sure, labelled, still, stage=make_stage(tmp_path, "classifier"), seed=0)
+    by_words = classifier_from(sure, num_outputs=2, head="words", seed=0, words=("n", "y"))
     torch.testing.assert_close(case_logits(student, labelled.cases), case_logits(by_words, labelled.cases))

@@ -77,7 +77,7 @@ class ClassifierConfig(Config):
     head: Literal["auto"] | HeadStart = "probe"
     """First weights of the head: a linear probe of the same labels (Kumar et al. 2022: a random head first distorts
     what the model knows), the unembedding rows of the verdict words (paper: of "0" and "1"), N(0, 1/(D+1)), or zero.
-    "auto": the words where zero-shot verdicts agree with the labels more than chance would, else a probe."""
+    "auto": the words where the model is sure of its zero-shot verdicts (`learn/head_start.py`), else a probe."""
     loss: Literal["naive", "confidence", "product"] = "naive"
     """Cross-entropy against the labels, with the auxiliary confidence loss, or against the product with own
     predictions (released code only)."""

@@ -17,24 +17,30 @@ from qinglan.models.cases import case_features, verdict_logits
 from qinglan.models.classifier import HeadStart
 from qinglan.models.language_model import LanguageModel
 
+SURE = 0.9
+"""Mean probability of its own verdicts from which a model counts as knowing what the words are about: what a calibrated
+one is right in."""
 NUM_ASKED = 600
 """Cases that are asked zero-shot at the most, which is a small part of what training costs."""
 
 
 def choose_head(lm: LanguageModel, labelled: Labelled, wanted: HeadStart | Literal["auto"]) -> HeadStart:
-    """Return the wanted start; for "auto" the verdict words where they mean what the labels say, else a probe.
+    """Return the wanted start; for "auto" the verdict words where the model is sure of its verdicts, else a probe.
 
-    They do where zero-shot verdicts, cut at their median, agree with more labels than 97.5% of coin tosses would: words
-    that the model never learnt to use in this way would be a random start.
+    It is where its zero-shot verdicts, cut at their median since classes are balanced, have a mean probability of at
+    least `SURE` and agree with more labels than 97.5% of coin tosses would: words can also be used the other way round.
+    Words that it is unsure of would be a poor start (`LOG.md`).
     """
     if wanted != "auto":
         return wanted
     if labelled.cases[0].verdicts is None or len(labelled.cases[0].texts) != 1:
         return "probe"
-    cases, labels = labelled.cases[:NUM_ASKED], np.array(labelled.targets[:NUM_ASKED]) > 0.5
-    verdicts = verdict_logits(lm, cases).numpy()
-    agreement = float(np.mean((verdicts > np.median(verdicts)) == labels))
-    return "words" if agreement > 0.5 + 1.96 * (0.25 / len(labels)) ** 0.5 else "probe"
+    labels = np.array(labelled.targets[:NUM_ASKED]) > 0.5
+    verdicts = verdict_logits(lm, labelled.cases[:NUM_ASKED]).double()
+    margins = verdicts - verdicts.quantile(0.5)
+    sureness = float(torch.sigmoid(margins.abs()).mean())
+    agreement = float(np.mean((margins > 0).numpy() == labels))
+    return "words" if sureness >= SURE and agreement > 0.5 + 1.96 * (0.25 / len(labels)) ** 0.5 else "probe"
 
 
 def probe_direction(lm: LanguageModel, labelled: Labelled) -> Tensor:
