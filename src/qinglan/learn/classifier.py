@@ -74,7 +74,7 @@ class ClassifierConfig(Config):
     """Cases per update (paper: 32; small here, so that few cases still make 200 updates and more)."""
     num_outputs: int = Field(default=2, ge=1, le=2)
     """Units of the head: one for each class, or a single logit; pairs of texts always have one."""
-    head: Literal["auto"] | HeadStart = "probe"
+    head: Literal["auto"] | HeadStart = "auto"
     """First weights of the head: a linear probe of the same labels (Kumar et al. 2022: a random head first distorts
     what the model knows), the unembedding rows of the verdict words (paper: of "0" and "1"), N(0, 1/(D+1)), or zero.
     "auto": the words where the model is sure of its zero-shot verdicts (`learn/head_start.py`), else a probe."""

@@ -131,7 +131,7 @@ class WeakToStrongConfig(Config):
             workers=1,
         )
         paper = cls(
-            training=ClassifierConfig.paper(),
+            training=ClassifierConfig.paper().model_copy(update={"head": "auto"}),  # not every task has verdict words
             texts=TextTrainingConfig(num_epochs=5, batch_size=32),
             num_half=10_000,
             num_valid=1_000,
