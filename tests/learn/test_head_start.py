@@ -11,9 +11,9 @@ from qinglan.learn.classifier import train_classifier
 from qinglan.learn.head_start import choose_head
 from qinglan.learn.labelled import Labelled
 from qinglan.learn.optimize import OptimizerConfig
-from qinglan.models.cases import verdict_logits
+from qinglan.models.cases import case_length, verdict_logits
 from qinglan.models.classifier import case_logits, classifier_from
-from qinglan.models.language_model import LanguageModel
+from qinglan.models.language_model import LanguageModel, max_context
 
 
 def lm_times(factor: float) -> LanguageModel:
@@ -59,6 +59,16 @@ def test_without_words_or_with_two_texts_it_is_a_probe() -> None:
     assert choose_head(sure, Labelled([case._replace(verdicts=None) for case in cases], targets), "auto") == "probe"
     pairs = [case._replace(texts=(case.texts[0], "a")) for case in cases]
     assert choose_head(sure, Labelled(pairs, targets), "auto") == "probe"
+
+
+def test_texts_that_fill_the_context_are_trained_on_but_not_asked() -> None:
+    sure = lm_times(1000.0)
+    cases, targets = own_verdicts(sure)
+    room = max_context(sure.model)
+    full = cases[0]._replace(texts=("a" * (room - 1),))  # behind the token that begins every text
+    assert case_length(sure, full) == room
+    assert choose_head(sure, Labelled([full, *cases[1:]], targets), "auto") == "words"
+    assert choose_head(sure, Labelled([full] * len(cases), targets), "auto") == "probe"
 
 
 def test_training_starts_where_the_choice_says(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from qinglan.learn.labelled import Labelled
 from qinglan.learn.probe import fit_probe
-from qinglan.models.cases import case_features, verdict_logits
+from qinglan.models.cases import case_features, case_length, verdict_logits
 from qinglan.models.classifier import HeadStart
-from qinglan.models.language_model import LanguageModel
+from qinglan.models.language_model import LanguageModel, max_context
 
 SURE = 0.9
 """Mean probability of its own verdicts from which a model counts as knowing what the words are about: what a calibrated
@@ -29,14 +29,19 @@ def choose_head(lm: LanguageModel, labelled: Labelled, wanted: HeadStart | Liter
 
     It is where its zero-shot verdicts, cut at their median since classes are balanced, have a mean probability of at
     least `SURE` and agree with more labels than 97.5% of coin tosses would: words can also be used the other way round.
-    Words that it is unsure of would be a poor start (`LOG.md`).
+    Words that it is unsure of would be a poor start (`LOG.md`). Texts that leave no room for a word are not asked.
     """
     if wanted != "auto":
         return wanted
-    if labelled.cases[0].verdicts is None or len(labelled.cases[0].texts) != 1:
+    words = labelled.cases[0].verdicts
+    if words is None or len(labelled.cases[0].texts) != 1:
         return "probe"
-    labels = np.array(labelled.targets[:NUM_ASKED]) > 0.5
-    verdicts = verdict_logits(lm, labelled.cases[:NUM_ASKED]).double()
+    room = max_context(lm.model) - max(len(lm.tokenizer.encode(f" {word}", add_special_tokens=False)) for word in words)
+    asked = [i for i, case in enumerate(labelled.cases[:NUM_ASKED]) if case_length(lm, case) <= room]
+    if not asked:
+        return "probe"
+    labels = np.array([labelled.targets[i] for i in asked]) > 0.5
+    verdicts = verdict_logits(lm, [labelled.cases[i] for i in asked]).double()
     margins = verdicts - verdicts.quantile(0.5)
     sureness = float(torch.sigmoid(margins.abs()).mean())
     agreement = float(np.mean((margins > 0).numpy() == labels))
