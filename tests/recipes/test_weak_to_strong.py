@@ -10,6 +10,9 @@ from qinglan import cli
 from qinglan.core.errors import InputError
 from qinglan.recipes import weak_to_strong_fitting, weak_to_strong_grid
 from qinglan.recipes.weak_to_strong_config import WeakToStrongConfig
+from qinglan.recipes.weak_to_strong_data import num_parameters
+from qinglan.recipes.weak_to_strong_fitting import training_of
+from qinglan.recipes.weak_to_strong_grid import Cell
 
 CONTRACT = {"value", "low", "high", "n", "unit"}
 SMALL = ["--num-half", "24", "--num-test", "24", "--training.evaluate-every", "2"]
@@ -240,3 +243,16 @@ def test_presets() -> None:
     assert list(presets) == ["small", "tiny", "paper"]
     assert presets["small"].training.confidence == 0.5 and presets["small"].training.ramp_fraction == 0.2
     assert len(presets["small"].tasks) >= 12
+
+
+def test_the_rate_falls_with_size_above_two_million_parameters() -> None:
+    config = WeakToStrongConfig(rate_exponent=0.5)
+
+    def rate(model: str, settings: WeakToStrongConfig) -> float:
+        cell = Cell("student", "letters", model, 0, weak="nano", method="naive")
+        return training_of(settings, cell).optimizer.learning_rate
+
+    assert num_parameters(config, "small") == 6_127_808
+    # 3e-4 * (2,000,000 / 6,127,808) ** 0.5 = 3e-4 * 0.5713
+    assert rate("small", config) == pytest.approx(3e-4 * 0.5713, rel=1e-3)
+    assert rate("micro", config) == 3e-4 and rate("small", WeakToStrongConfig()) == 3e-4

@@ -78,6 +78,9 @@ class WeakToStrongConfig(Config):
     """Examples shown by the method "few_shot" (paper: 5), half of each class by their weak labels."""
     training: ClassifierConfig = ClassifierConfig(batch_size=6, evaluate_every=50)
     """Fine-tuning of supervisor, student and ceiling."""
+    rate_exponent: float = Field(default=0.0, ge=0)
+    """x, by which the learning rate falls with a model's size N: as (2 million / N)^x above 2 million parameters, which
+    its default suits. The released code takes a fifth of its rate for GPT-2 large and all that is larger."""
     texts: TextTrainingConfig = TextTrainingConfig()
     """Language modelling: the method "generative", and all training on answering tasks."""
     admission: AdmissionConfig = AdmissionConfig()

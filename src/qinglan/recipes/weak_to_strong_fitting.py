@@ -15,21 +15,26 @@ from qinglan.models.cases import case_features, encode_case
 from qinglan.models.classifier import TextClassifier, case_logits, encoded_logits, margins
 from qinglan.models.language_model import LanguageModel
 from qinglan.recipes.weak_to_strong_config import WeakToStrongConfig
-from qinglan.recipes.weak_to_strong_data import Reading, labeller_of
+from qinglan.recipes.weak_to_strong_data import Reading, labeller_of, num_parameters
 from qinglan.recipes.weak_to_strong_grid import Cell
 from qinglan.supervisors.weak import load_labels
 
+UNSCALED = 2_000_000
+"""Parameters up to which the learning rate is as it is given."""
 NUM_CURVE = 200
 """Test cases on which the curve of true accuracy is drawn; the first half also chooses the oracle's checkpoint."""
 
 
 def training_of(config: WeakToStrongConfig, cell: Cell) -> ClassifierConfig:
-    """Return the settings of a cell's fine-tuning."""
+    """Return the settings of a cell's fine-tuning, with the rate for its model's size."""
+    optimizer = config.training.optimizer
+    factor = min(1.0, UNSCALED / num_parameters(config, cell.model)) ** config.rate_exponent
+    optimizer = optimizer.model_copy(update={"learning_rate": optimizer.learning_rate * factor})
     if cell.method.startswith("released"):
         loss = "confidence" if cell.method == "released_confidence" else "naive"
-        return config.training.as_released().model_copy(update={"loss": loss})
+        return config.training.as_released().model_copy(update={"loss": loss, "optimizer": optimizer})
     loss = cell.method if cell.method in ("confidence", "product") else "naive"
-    return config.training.model_copy(update={"loss": loss})
+    return config.training.model_copy(update={"loss": loss, "optimizer": optimizer})
 
 
 def fit_seed(run: Run, cell: Cell) -> int:
