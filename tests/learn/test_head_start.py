@@ -11,7 +11,7 @@ from qinglan.learn.classifier import train_classifier
 from qinglan.learn.head_start import choose_head
 from qinglan.learn.labelled import Labelled
 from qinglan.learn.optimize import OptimizerConfig
-from qinglan.models.cases import case_length, verdict_logits
+from qinglan.models.cases import case_length
 from qinglan.models.classifier import case_logits, classifier_from
 from qinglan.models.language_model import LanguageModel, max_context
 
@@ -25,9 +25,9 @@ def lm_times(factor: float) -> LanguageModel:
 
 
 def own_verdicts(lm: LanguageModel, count: int = 60) -> Labelled:
-    """Cases with verdict words, labelled by what the model itself says of them zero-shot, cut at its median."""
+    """Cases with verdict words, labelled by what a head of the words says of them, cut at its median."""
     cases = [case._replace(verdicts=("n", "y")) for case in words_with_q(count).cases]
-    verdicts = verdict_logits(lm, cases)
+    verdicts = case_logits(classifier_from(lm, num_outputs=2, head="words", seed=0, words=("n", "y")), cases)
     return Labelled(cases, [float(verdict > verdicts.quantile(0.5)) for verdict in verdicts])
 
 
@@ -61,14 +61,29 @@ def test_without_words_or_with_two_texts_it_is_a_probe() -> None:
     assert choose_head(sure, Labelled(pairs, targets), "auto") == "probe"
 
 
-def test_texts_that_fill_the_context_are_trained_on_but_not_asked() -> None:
+def test_texts_that_fill_the_context_can_be_asked() -> None:
     sure = lm_times(1000.0)
     cases, targets = own_verdicts(sure)
-    room = max_context(sure.model)
-    full = cases[0]._replace(texts=("a" * (room - 1),))  # behind the token that begins every text
-    assert case_length(sure, full) == room
+    full = cases[0]._replace(texts=("a" * (max_context(sure.model) - 1),))  # behind the token that begins every text
+    assert case_length(sure, full) == max_context(sure.model)
     assert choose_head(sure, Labelled([full, *cases[1:]], targets), "auto") == "words"
-    assert choose_head(sure, Labelled([full] * len(cases), targets), "auto") == "probe"
+
+
+def test_words_that_no_token_tells_apart_or_that_change_from_case_to_case_are_not_taken() -> None:
+    sure = lm_times(1000.0)
+    cases, targets = own_verdicts(sure)
+    for verdicts in (("y", "yy"), ("y", "y")):  # of letters as tokens: "y" begins "yy"
+        alike = [case._replace(verdicts=verdicts) for case in cases]
+        assert choose_head(sure, Labelled(alike, targets), "auto") == "probe"
+    mixed = [cases[0]._replace(verdicts=None), *cases[1:]]
+    assert choose_head(sure, Labelled(mixed, targets), "auto") == "probe"
+
+
+def test_soft_labels_that_lean_to_one_class_still_order_the_cases() -> None:
+    sure = lm_times(1000.0)
+    cases, targets = own_verdicts(sure)
+    leaning = Labelled(cases, [0.7 + 0.2 * target for target in targets])
+    assert choose_head(sure, leaning, "auto") == "words"
 
 
 def test_training_starts_where_the_choice_says(tmp_path: Path) -> None:

@@ -13,38 +13,38 @@ from torch import Tensor
 
 from qinglan.learn.labelled import Labelled
 from qinglan.learn.probe import fit_probe
-from qinglan.models.cases import case_features, case_length, verdict_logits
-from qinglan.models.classifier import HeadStart
-from qinglan.models.language_model import LanguageModel, max_context
+from qinglan.models.cases import case_features
+from qinglan.models.classifier import HeadStart, word_rows
+from qinglan.models.language_model import LanguageModel
 
 SURE = 0.9
 """Mean probability of its own verdicts from which a model counts as knowing what the words are about: what a calibrated
 one is right in."""
 NUM_ASKED = 600
-"""Cases that are asked zero-shot at the most, which is a small part of what training costs."""
+"""Cases that are asked at the most, which is a small part of what training costs."""
 
 
 def choose_head(lm: LanguageModel, labelled: Labelled, wanted: HeadStart | Literal["auto"]) -> HeadStart:
     """Return the wanted start; for "auto" the verdict words where the model is sure of its verdicts, else a probe.
 
-    It is where its zero-shot verdicts, cut at their median since classes are balanced, have a mean probability of at
-    least `SURE` and agree with more labels than 97.5% of coin tosses would: words can also be used the other way round.
-    Words that it is unsure of would be a poor start (`LOG.md`). Texts that leave no room for a word are not asked.
+    It is where the verdicts at which a head of the words starts, cut at their median since classes are balanced, have a
+    mean probability of at least `SURE` and agree with more labels than 97.5% of coin tosses would: words can also be
+    used the other way round. Soft labels are cut at their median too. A model unsure of its words starts poorly from
+    them (`LOG.md`).
     """
     if wanted != "auto":
         return wanted
-    words = labelled.cases[0].verdicts
-    if words is None or len(labelled.cases[0].texts) != 1:
+    words = {case.verdicts for case in labelled.cases}
+    [chosen] = words if len(words) == 1 else [None]
+    rows = None if chosen is None or len(labelled.cases[0].texts) != 1 else word_rows(lm, chosen)
+    if rows is None:
         return "probe"
-    room = max_context(lm.model) - max(len(lm.tokenizer.encode(f" {word}", add_special_tokens=False)) for word in words)
-    asked = [i for i, case in enumerate(labelled.cases[:NUM_ASKED]) if case_length(lm, case) <= room]
-    if not asked:
-        return "probe"
-    labels = np.array([labelled.targets[i] for i in asked]) > 0.5
-    verdicts = verdict_logits(lm, [labelled.cases[i] for i in asked]).double()
+    verdicts = case_features(lm, labelled.cases[:NUM_ASKED]).double() @ (rows[1] - rows[0]).double()
     margins = verdicts - verdicts.quantile(0.5)
+    labels = np.array(labelled.targets[:NUM_ASKED])
+    is_one = labels > (0.5 if set(labels) <= {0.0, 0.5, 1.0} else np.median(labels))
     sureness = float(torch.sigmoid(margins.abs()).mean())
-    agreement = float(np.mean((margins > 0).numpy() == labels))
+    agreement = float(np.mean((margins > 0).numpy() == is_one))
     return "words" if sureness >= SURE and agreement > 0.5 + 1.96 * (0.25 / len(labels)) ** 0.5 else "probe"
 
 

@@ -94,8 +94,14 @@ def classifier_from(
     elif head in ("zero", "probe"):
         weight = torch.zeros((num_outputs, num_hidden))
     else:
-        weight = _word_rows(lm, words)
-        weight = weight if num_outputs == 2 else weight[1:] - weight[:1]
+        if words is None:
+            raise InputError(
+                f"{lm.name}: a head from words needs a task with words for its two verdicts; use another head"
+            )
+        rows = word_rows(lm, words)
+        if rows is None:
+            raise InputError(f"{lm.name}: '{words[0]}' and '{words[1]}' have the same tokens; use another head")
+        weight = rows if num_outputs == 2 else rows[1:] - rows[:1]
     model.score = nn.utils.skip_init(nn.Linear, num_hidden, num_outputs, bias=False, device=lm.device.torch_device)
     with torch.no_grad():
         model.score.weight.copy_(weight)
@@ -111,17 +117,13 @@ def set_direction(classifier: TextClassifier, direction: Tensor) -> None:
         head.weight.copy_(rows)
 
 
-def _word_rows(lm: LanguageModel, words: tuple[str, str] | None) -> Tensor:
-    """Return the unembedding rows [2, D] of the first tokens in which the words differ."""
-    if words is None:
-        raise InputError(f"{lm.name}: a head from words needs a task with words for its two verdicts; use another head")
+def word_rows(lm: LanguageModel, words: tuple[str, str]) -> Tensor | None:
+    """Return the unembedding rows [2, D], fp32, of the first tokens in which the words differ; None if none do."""
     # Behind a space, as they would stand after a text; the family's tokenizer puts that space there by itself.
     no, yes = (lm.tokenizer.encode(f" {word}", add_special_tokens=False) for word in words)
     ids = next(([a, b] for a, b in zip(no, yes, strict=False) if a != b), None)
-    if ids is None:
-        raise InputError(f"{lm.name}: '{words[0]}' and '{words[1]}' have the same tokens; use another head")
     head: Any = lm.model.get_output_embeddings()
-    return head.weight.detach()[ids].float().cpu()
+    return None if ids is None else head.weight.detach()[ids].float().cpu()
 
 
 def logits_of_batch(classifier: TextClassifier, batch: TokenBatch) -> Tensor:
