@@ -1,6 +1,7 @@
 """Where a head starts: decided by the model's zero-shot verdicts and the given labels, never by the truth."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from test_classifier import settings, words_with_q
 from tiny_world import make_lm, make_stage
 
 from qinglan.learn.classifier import train_classifier
-from qinglan.learn.head_start import choose_head
+from qinglan.learn.head_start import choose_start
 from qinglan.learn.labelled import Labelled
 from qinglan.learn.optimize import OptimizerConfig
 from qinglan.models.cases import case_length
@@ -20,7 +21,8 @@ def lm_times(factor: float) -> LanguageModel:
     """The tiny model with its vocabulary logits multiplied: with a large factor it is sure of whatever it says."""
     lm = make_lm()
     with torch.no_grad():
-        lm.model.get_output_embeddings().weight.mul_(factor)  # type: ignore[union-attr, operator]
+        head: Any = lm.model.get_output_embeddings()
+        head.weight.mul_(factor)
     return lm
 
 
@@ -33,15 +35,17 @@ def own_verdicts(lm: LanguageModel, count: int = 60) -> Labelled:
 
 def test_the_words_are_taken_by_a_model_that_is_sure_of_them() -> None:
     unsure, sure = lm_times(1.0), lm_times(1000.0)
-    assert choose_head(unsure, own_verdicts(unsure), "auto") == "probe"
-    assert choose_head(sure, own_verdicts(sure), "auto") == "words"
-    assert choose_head(unsure, own_verdicts(unsure), "words") == "words"  # what is asked for by name is not questioned
+    assert choose_start(unsure, own_verdicts(unsure), "auto").head == "probe"
+    assert choose_start(sure, own_verdicts(sure), "auto").head == "words"
+    assert (
+        choose_start(unsure, own_verdicts(unsure), "words").head == "words"
+    )  # what is asked for by name is not questioned
 
 
 def test_labels_that_say_the_opposite_speak_against_the_words() -> None:
     sure = lm_times(1000.0)
     cases, targets = own_verdicts(sure)
-    assert choose_head(sure, Labelled(cases, [1.0 - target for target in targets]), "auto") == "probe"
+    assert choose_start(sure, Labelled(cases, [1.0 - target for target in targets]), "auto").head == "probe"
 
 
 @pytest.mark.parametrize(("num_wrong", "expected"), [(22, "words"), (23, "probe")])
@@ -50,15 +54,17 @@ def test_the_agreement_must_be_more_than_chance(num_wrong: int, expected: str) -
     sure = lm_times(1000.0)
     cases, targets = own_verdicts(sure)
     labelled = Labelled(cases, [1.0 - t if i < num_wrong else t for i, t in enumerate(targets)])
-    assert choose_head(sure, labelled, "auto") == expected
+    assert choose_start(sure, labelled, "auto").head == expected
 
 
 def test_without_words_or_with_two_texts_it_is_a_probe() -> None:
     sure = lm_times(1000.0)
     cases, targets = own_verdicts(sure)
-    assert choose_head(sure, Labelled([case._replace(verdicts=None) for case in cases], targets), "auto") == "probe"
+    assert (
+        choose_start(sure, Labelled([case._replace(verdicts=None) for case in cases], targets), "auto").head == "probe"
+    )
     pairs = [case._replace(texts=(case.texts[0], "a")) for case in cases]
-    assert choose_head(sure, Labelled(pairs, targets), "auto") == "probe"
+    assert choose_start(sure, Labelled(pairs, targets), "auto").head == "probe"
 
 
 def test_texts_that_fill_the_context_can_be_asked() -> None:
@@ -66,7 +72,7 @@ def test_texts_that_fill_the_context_can_be_asked() -> None:
     cases, targets = own_verdicts(sure)
     full = cases[0]._replace(texts=("a" * (max_context(sure.model) - 1),))  # behind the token that begins every text
     assert case_length(sure, full) == max_context(sure.model)
-    assert choose_head(sure, Labelled([full, *cases[1:]], targets), "auto") == "words"
+    assert choose_start(sure, Labelled([full, *cases[1:]], targets), "auto").head == "words"
 
 
 def test_words_that_no_token_tells_apart_or_that_change_from_case_to_case_are_not_taken() -> None:
@@ -74,16 +80,16 @@ def test_words_that_no_token_tells_apart_or_that_change_from_case_to_case_are_no
     cases, targets = own_verdicts(sure)
     for verdicts in (("y", "yy"), ("y", "y")):  # of letters as tokens: "y" begins "yy"
         alike = [case._replace(verdicts=verdicts) for case in cases]
-        assert choose_head(sure, Labelled(alike, targets), "auto") == "probe"
+        assert choose_start(sure, Labelled(alike, targets), "auto").head == "probe"
     mixed = [cases[0]._replace(verdicts=None), *cases[1:]]
-    assert choose_head(sure, Labelled(mixed, targets), "auto") == "probe"
+    assert choose_start(sure, Labelled(mixed, targets), "auto").head == "probe"
 
 
 def test_soft_labels_that_lean_to_one_class_still_order_the_cases() -> None:
     sure = lm_times(1000.0)
     cases, targets = own_verdicts(sure)
     leaning = Labelled(cases, [0.7 + 0.2 * target for target in targets])
-    assert choose_head(sure, leaning, "auto") == "words"
+    assert choose_start(sure, leaning, "auto").head == "words"
 
 
 def test_training_starts_where_the_choice_says(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from qinglan.learn.confidence import (
     confidence_weight,
     product_targets,
 )
-from qinglan.learn.head_start import choose_head, probe_direction
+from qinglan.learn.head_start import Start, choose_start
 from qinglan.learn.labelled import Example, Labelled, check_labelled, encode_examples
 from qinglan.learn.losses import pairwise_loss
 from qinglan.learn.optimize import (
@@ -178,23 +178,24 @@ def train_classifier(
     num_steps = config.num_epochs * steps_per_epoch
 
     # 2. Student and state
-    is_pair, head = len(examples[0].sequences) == 2, choose_head(start, labelled, config.head)
+    checkpointer = Checkpointer(stage.dir / "checkpoints")
+    state = checkpointer.load()
+    first = choose_start(start, labelled, config.head) if state is None else Start("zero")
+    is_pair = len(examples[0].sequences) == 2
     student = classifier_from(
         start,
         num_outputs=1 if is_pair else config.num_outputs,
-        head=head,
+        head=first.head,
         seed=stream_seed(seed, "classifier", "head"),
         words=labelled.cases[0].verdicts,
         lora=config.lora,
     )._replace(name=stage.name)
     optimizer = config.optimizer.make(student.model)
-    checkpointer = Checkpointer(stage.dir / "checkpoints")
-    state = checkpointer.load()
     if state is None:
-        if head == "probe":
-            set_direction(student, probe_direction(start, labelled))
+        if first.direction is not None:
+            set_direction(student, first.direction)
         steps_done, best, buffer = 0, Best(None, 0, {}), Buffer(torch.empty(0), torch.empty(0))
-        stage.log(0, look(student, valid_examples, measure, config) | {"starts_at_words": float(head == "words")})
+        stage.log(0, look(student, valid_examples, measure, config) | {"starts_at_words": float(first.head == "words")})
     else:
         restore_training(state.tensors, student.model, optimizer)
         steps_done, best = state.step, Best.restored(state)
