@@ -11,8 +11,8 @@ from qinglan.learn.batch import make_batches
 from qinglan.models.language_model import (
     TokenSequence,
     completion_logprobs,
-    hidden_states,
     target_logprobs,
+    target_states,
 )
 from qinglan.models.tokens import collate
 
@@ -98,7 +98,7 @@ def test_batches_score_as_one_by_one(architecture, pack):
     sequences = [make_sequence(length, number) for number, length in enumerate([3, 17, 9, 1, 12, 5, 5, 2, 16])]
     found = {}
     for batch in make_batches(sequences, max_tokens=40, pack=pack):
-        logprobs = target_logprobs(lm.model, hidden_states(lm.model, batch), batch).logprobs
+        logprobs = target_logprobs(lm.model, target_states(lm.model, batch), batch).logprobs
         for place, values in zip(batch.sequence_rows, logprobs.split(batch.lengths), strict=True):
             found[place.original] = values
     for number, sequence in enumerate(sequences):

@@ -143,7 +143,8 @@ def test_gradients_equal_those_of_one_case_at_a_time(kind: str, make: Any, loss:
     for max_tokens in (1, 30, 8192):
         found = gradients(config.model_copy(update={"max_tokens": max_tokens, "optimizer": free}))
         for name, parameter in model.model.named_parameters():
-            torch.testing.assert_close(found[name], parameter.grad, atol=2e-6, rtol=1e-4)
+            scale = parameter.grad.abs().max().clamp(min=0.1)
+            torch.testing.assert_close(found[name] / scale, parameter.grad / scale, atol=2e-5, rtol=1e-4)
 
 
 def test_the_buffer_keeps_the_latest() -> None:

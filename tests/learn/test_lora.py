@@ -158,7 +158,7 @@ def test_it_learns_with_the_adapter_alone(tmp_path, base, name):
     elif name == "classify":
         assert rows[0]["valid_agreement"] < 0.8 and rows[-1]["valid_agreement"] > 0.9
     else:
-        assert rows[0]["score"] < 0.3 and rows[-1]["score"] > 0.5
+        assert rows[-1]["score"] > rows[0]["score"] + 0.15
         assert rows[0]["start_ratio_error"] < 1e-5 and rows[0]["kl"] == pytest.approx(0.0, abs=1e-5)
     assert adapter_of(trained.model) is not None
     assert_equal(before, weights_of(base))

@@ -48,6 +48,7 @@ from qinglan.models.language_model import (
     hidden_states,
     load_language_model,
     target_logprobs,
+    target_states,
 )
 from qinglan.models.tokens import collate
 
@@ -253,10 +254,8 @@ def test_rule_2_and_11_padding_changes_neither_logprobs_nor_values_nor_scores(ar
 
     def seen(extra_columns: int) -> torch.Tensor:
         batch = collate(sequences, extra_columns=extra_columns)
-        hidden, trunk = hidden_states(lm.model, batch), hidden_states(scalar.model, batch)
-        hidden, trunk = (torch.where(batch.real_mask[..., None], h, torch.nan) for h in (hidden, trunk))
-        found = target_logprobs(lm.model, hidden, batch)
-        values = token_values(scalar, trunk)[batch.real_mask]
+        found = target_logprobs(lm.model, target_states(lm.model, batch), batch)
+        values = token_values(scalar, hidden_states(scalar.model, batch))[batch.real_mask]
         return torch.cat([found.logprobs, found.entropy, values]).detach()
 
     plain = seen(0)

@@ -162,9 +162,9 @@ def test_padding_that_leaks_is_caught(monkeypatch):
     scalar = scalar_model_from(lm, seed=0)
     sequences = roll(lm).sequences[:4]
     assert check_padding_invariance(lm, scalar, sequences, "here") < 1e-4
-    real = language_model.hidden_states
+    real = language_model.target_states
     monkeypatch.setattr(
-        language_model, "hidden_states", lambda model, batch: real(model, batch) + batch.real_mask.sum()
+        language_model, "target_states", lambda model, batch: real(model, batch) + batch.real_mask.sum()
     )
     with pytest.raises(InputError, match=r"here: log-probabilities of tiny-llama change .*padding"):
         check_padding_invariance(lm, scalar, sequences, "here")

@@ -241,7 +241,8 @@ def test_a_shared_trunk_is_run_once_and_its_head_starts_at_zero():
     assert [name for name, _ in learners.value_module.named_parameters()] == ["weight"]
     assert not learners.value_module.weight.any()
     calls = []
-    handle = learners.policy.model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    embeddings = learners.policy.model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda *_: calls.append(1))
     config = small(value_model="shared_trunk")
     accumulate_gradients(learners, rollout, draw_targets(rollout), range(12), config)
     handle.remove()

@@ -135,8 +135,8 @@ def count_work(monkeypatch: pytest.MonkeyPatch, scalar: ScalarModel, work: Calla
     counts = [0, 0]
     inner = reward.token_values
 
-    def trunk(module: Any, args: Any, kwargs: dict[str, Tensor]) -> None:
-        counts[1] += kwargs["input_ids"].numel()
+    def embeddings(module: Any, args: tuple[Tensor]) -> None:
+        counts[1] += args[0].numel()
 
     def head(scalar: ScalarModel, hidden: Tensor) -> Tensor:
         counts[0] += len(hidden)
@@ -144,7 +144,7 @@ def count_work(monkeypatch: pytest.MonkeyPatch, scalar: ScalarModel, work: Calla
 
     monkeypatch.setattr("qinglan.learn.reward.token_values", head)
     monkeypatch.setattr("qinglan.models.heads.token_values", head)
-    handle = scalar.model.base_model.register_forward_pre_hook(trunk, with_kwargs=True)
+    handle = scalar.model.get_input_embeddings().register_forward_pre_hook(embeddings)
     work()
     handle.remove()
     return counts[0], counts[1]

@@ -1,4 +1,4 @@
-"""Attention in bf16 on a CPU against attention in fp64: as near as PyTorch's own kernel, whatever the mask."""
+"""Attention by blocks against attention in fp64: as near as PyTorch's own kernel, whatever the mask."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from conftest import make_tiny_lm
 
 from qinglan.core.device import Device
 from qinglan.models import attention
-from qinglan.models.attention import bf16_attention, choose_attention
+from qinglan.models.attention import block_attention, choose_attention, plan_blocks
 from qinglan.models.language_model import TokenSequence, completion_logprobs, hidden_states
 from qinglan.models.tokens import collate
 
@@ -36,47 +36,58 @@ def packed_mask(num_tokens: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("num_tokens", [2, 82, 128, 129, 300])  # one block, a whole block, one more token, three blocks
 @pytest.mark.parametrize("mask", ["causal", "bool", "added"])
-def test_output_and_gradients_are_as_near_to_fp64_as_those_of_the_fused_kernel(num_tokens, mask):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_and_gradients_are_as_near_to_fp64_as_those_of_the_fused_kernel(num_tokens, mask, dtype):
     parts = states(num_tokens)
     allowed = packed_mask(num_tokens) if mask != "causal" else None
     given = allowed
     if mask == "added":
-        given = torch.zeros(allowed.shape, dtype=torch.bfloat16).masked_fill(~allowed, torch.finfo(torch.bfloat16).min)
+        given = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
     def fused(query, key, value):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=allowed is None)
 
     def ours(query, key, value):
-        return bf16_attention(query, key, value, given, UNITS**-0.5)
+        blocks = plan_blocks(given, num_tokens, num_tokens, query.dtype)
+        return block_attention(query, key, value, blocks, UNITS**-0.5)
 
     exact = run(fused, parts, torch.float64)
-    for found, theirs, expected in zip(
-        run(ours, parts, torch.bfloat16), run(fused, parts, torch.bfloat16), exact, strict=True
-    ):
+    for found, theirs, expected in zip(run(ours, parts, dtype), run(fused, parts, dtype), exact, strict=True):
         error, their_error = (float((one - expected).norm() / expected.norm()) for one in (found, theirs))
-        # 2^-9 = 0.002 is what one rounding costs; ours rounds the scores once more.
-        assert error < max(2 * their_error, 0.004) and error < 0.02
+        # One rounding costs 2^-9 = 0.002 in bf16, 2^-24 in fp32; ours rounds the scores once more.
+        one_rounding = torch.finfo(dtype).eps / 4
+        assert error < max(2 * their_error, 2 * one_rounding) and error < 10 * one_rounding
 
 
 def test_queries_behind_a_cached_prefix_see_it():
     parts = states(10, num_queries=4)  # the last 4 of 10 columns
-    found = bf16_attention(*(part.bfloat16() for part in parts), None, UNITS**-0.5).double()
+    blocks = plan_blocks(None, 4, 10, torch.bfloat16)
+    found = block_attention(*(part.bfloat16() for part in parts), blocks, UNITS**-0.5).double()
     allowed = torch.ones(10, 10).tril().bool()[6:]
     expected = F.scaled_dot_product_attention(*(part.double() for part in parts), attn_mask=allowed)
     assert float((found - expected).norm() / expected.norm()) < 0.01
 
 
+def test_heads_that_share_keys_and_values_are_as_if_each_had_its_own():
+    query, key, value = states(20)
+    shared = [part[:, :1] for part in (key, value)]
+    own = [part[:, :1].expand(-1, HEADS, -1, -1) for part in (key, value)]
+    blocks = plan_blocks(None, 20, 20, torch.float32)
+    assert torch.equal(block_attention(query, *shared, blocks, 0.25), block_attention(query, *own, blocks, 0.25))
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "gemma3"])
-def test_a_model_takes_it_in_bf16_only_and_packed_rows_stay_apart(architecture, monkeypatch):
+def test_a_model_takes_it_in_both_precisions_and_packed_rows_stay_apart(architecture, monkeypatch):
     calls = []
-    plain = attention.bf16_attention
-    monkeypatch.setattr(attention, "bf16_attention", lambda *given: calls.append(1) or plain(*given))
+    plain = attention.block_attention
+    monkeypatch.setattr(attention, "block_attention", lambda *given: calls.append(given[0].dtype) or plain(*given))
     lm = make_tiny_lm(architecture)
     sequences = [TokenSequence([(7 * i + n) % 50 for i in range(n)], 1) for n in (9, 5, 7)]
     exact = completion_logprobs(lm, sequences)
-    assert not calls
+    assert set(calls) == {torch.float32}
+    calls.clear()
     rounded = completion_logprobs(lm._replace(device=Device(torch.device("cpu"), torch.bfloat16)), sequences)
-    assert calls
+    assert set(calls) == {torch.bfloat16}
     for one, other in zip(exact, rounded, strict=True):
         assert 0 < float((one - other).abs().max()) < 0.2
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():

@@ -49,11 +49,11 @@ from qinglan.models.language_model import (
     LanguageModel,
     completion_logprobs,
     end_of_training,
-    hidden_states,
     load_language_model,
     save_language_model,
     start_of_training,
     target_logprobs,
+    target_states,
 )
 from qinglan.models.prompt_sharing import can_share_prompt, make_tree_batch, tree_logprobs
 
@@ -197,8 +197,8 @@ def group_logprobs(lm: LanguageModel, groups: Sequence[EncodedGroup], config: DP
     for batch in make_batches(sequences, max_tokens=config.max_tokens, pack=True):
         batch = batch.to(device)
         with lm.device.autocast():
-            hidden = hidden_states(lm.model, batch)
-            logprobs = target_logprobs(lm.model, hidden, batch, with_entropy=False).logprobs
+            states = target_states(lm.model, batch)
+            logprobs = target_logprobs(lm.model, states, batch, with_entropy=False).logprobs
         owners = torch.tensor([place.original for place in batch.sequence_rows], device=device)
         lengths = torch.tensor(batch.lengths, device=device)
         total = total.index_add(0, owners.repeat_interleave(lengths), logprobs)

@@ -34,15 +34,15 @@ from qinglan.learn.ppo_config import PPOConfig
 from qinglan.learn.rollout import Rollout
 from qinglan.learn.sft import PretrainSource
 from qinglan.models import heads
-from qinglan.models.completion_rows import completion_states, make_completion_batches
+from qinglan.models.completion_rows import make_completion_batches, states_before
 from qinglan.models.heads import ScalarModel, scalar_model_from, token_values
 from qinglan.models.language_model import (
     LanguageModel,
     TokenSequence,
-    hidden_states,
     max_context,
     start_of_training,
     target_logprobs,
+    target_states,
     token_logprobs,
 )
 
@@ -228,7 +228,7 @@ def accumulate_gradients(
             return matrix[episodes][mask].to(policy.device.torch_device)
 
         with policy.device.autocast():
-            states = completion_states(policy.model, batch).before
+            states = states_before(policy.model, batch)
             new = token_logprobs(policy.model, states, batch.completion_ids, temperature=config.sampling.temperature)
         loss = clipped_surrogate(new.logprobs, flat(rollout.logprobs), flat(targets.advantages), config.clip)
         total = (loss.loss.sum() - config.entropy_coef * new.entropy.sum()) / num_tokens
@@ -238,7 +238,7 @@ def accumulate_gradients(
         if value is not None:
             if not learners.shares_trunk:
                 with value.device.autocast():
-                    states = completion_states(value.model, batch).before
+                    states = states_before(value.model, batch)
             values = token_values(value, states)
             found = value_loss(values, flat(targets.old_values), flat(targets.returns), targets.value_clip)
             value_total = found.loss.sum() / num_tokens
@@ -279,8 +279,8 @@ def accumulate_ptx_gradients(policy: LanguageModel, token_ids: Sequence[list[int
     for batch in make_batches(sequences, max_tokens=config.max_tokens, pack=True):
         batch = batch.to(policy.device.torch_device)
         with policy.device.autocast():
-            hidden = hidden_states(policy.model, batch)
-            logprobs = target_logprobs(policy.model, hidden, batch, with_entropy=False).logprobs
+            states = target_states(policy.model, batch)
+            logprobs = target_logprobs(policy.model, states, batch, with_entropy=False).logprobs
         loss = -logprobs.sum() / num_tokens
         (config.ptx_coef * loss).backward()
         total += float(loss.detach())

@@ -52,7 +52,7 @@ from qinglan.models.heads import (
     token_values,
 )
 from qinglan.models.language_model import LanguageModel, TokenSequence, max_context
-from qinglan.models.prompt_sharing import PromptTree, can_share_prompt, end_states, make_tree_batch
+from qinglan.models.prompt_sharing import PromptTree, can_share_prompt, make_tree_batch, tree_end_states
 
 
 class RewardConfig(Config):
@@ -293,7 +293,7 @@ def score_groups(scalar: ScalarModel, groups: Sequence[EncodedGroup], config: Re
     if config.share_prompt and can_share_prompt(scalar.model):
         batch = make_tree_batch([group.tree for group in groups], device)
         with scalar.device.autocast():
-            return token_values(scalar, end_states(scalar.model, batch))
+            return token_values(scalar, tree_end_states(scalar.model, batch))
     sequences = [sequence for group in groups for sequence in group.sequences]
     scores, indices = [], []
     with scalar.device.autocast():

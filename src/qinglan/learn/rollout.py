@@ -18,7 +18,7 @@ from qinglan.core.records import Completion, FinishReason, Prompt
 from qinglan.core.rng import permutation
 from qinglan.core.run import Stage
 from qinglan.learn.advantages import pad_rows
-from qinglan.models.completion_rows import completion_states, make_completion_batches
+from qinglan.models.completion_rows import completion_states, make_completion_batches, states_before
 from qinglan.models.generate import SamplingConfig, completion_record, generate
 from qinglan.models.heads import ScalarModel, token_values
 from qinglan.models.language_model import LanguageModel, TokenSequence, token_logprobs
@@ -98,7 +98,7 @@ def rollout_logprobs(lm: LanguageModel, rollout: Rollout, temperature: float, ma
     with torch.no_grad(), lm.device.autocast():
         everything = range(len(rollout.sequences))
         for batch in make_completion_batches(rollout.sequences, everything, [lm.model], max_tokens=max_tokens):
-            states = completion_states(lm.model, batch).before
+            states = states_before(lm.model, batch)
             scored = token_logprobs(
                 lm.model, states, batch.completion_ids, temperature=temperature, with_entropy=False
             ).logprobs.cpu()

@@ -46,12 +46,12 @@ from qinglan.models.language_model import (
     TokenSequence,
     completion_logprobs,
     end_of_training,
-    hidden_states,
     load_language_model,
     max_context,
     save_language_model,
     start_of_training,
     target_logprobs,
+    target_states,
 )
 
 PretrainSource = Callable[[int, int], list[list[int]]]
@@ -320,8 +320,8 @@ def accumulate_gradients(
         masks = residual_dropout(lm.model, config.dropout, stream_seed(dropout_seed, number))
         adapter_masks = adapter_dropout(lm.model, config.lora.dropout, stream_seed(dropout_seed, "adapter", number))
         with masks, adapter_masks, lm.device.autocast():
-            hidden = hidden_states(lm.model, batch)
-            logprobs = target_logprobs(lm.model, hidden, batch, with_entropy=False).logprobs
+            states = target_states(lm.model, batch)
+            logprobs = target_logprobs(lm.model, states, batch, with_entropy=False).logprobs
         kind_of_sequence = torch.tensor([int(place.original >= len(demonstrations)) for place in batch.sequence_rows])
         kinds = kind_of_sequence.repeat_interleave(torch.tensor(batch.lengths))
         cross_entropy(logprobs, weights[kinds].to(logprobs)).backward()

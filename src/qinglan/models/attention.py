@@ -1,15 +1,16 @@
-"""Attention in bf16 on a CPU, by plain matrix products.
+"""Attention on a CPU by plain matrix products.
 
-PyTorch's fused kernel for processors saves memory, which bf16 rows of some hundred tokens do not need, and its backward
-pass is slow on them: forward and backward at 24 rows of 82 tokens take 35 ms with it, 11 ms here (8 heads of 32 units,
-one thread; docs/benchmarks.md). Everything else, fp32 on a CPU and all of CUDA, goes to `sdpa` as before.
+PyTorch's fused kernel for processors saves memory, which rows of some hundred tokens do not need, and its backward pass
+is slow on them (docs/benchmarks.md has the times). Long rows and all of CUDA go to `sdpa`.
 
-Scores and weights are rounded to bf16, as `transformers`' eager attention rounds scores; sums are fp32 inside products.
+In bf16, scores and weights are rounded to bf16, as `transformers`' eager attention rounds scores; sums are fp32 inside
+products, and so is the softmax.
 
 Letters: B rows, H heads, Q queries, T columns, D units of a head.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -29,13 +30,23 @@ UNSUPPORTED = ("softcap", "position_bias", "cache")
 
 
 def choose_attention(model: PreTrainedModel) -> None:
-    """Let a model that runs on `sdpa` choose at each call between it and `bf16_attention`."""
+    """Let a model that runs on `sdpa` choose at each call between it and `block_attention`."""
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         return
     if NAME not in AttentionInterface():
         AttentionMaskInterface.register(NAME, sdpa_mask)
         AttentionInterface.register(NAME, attention)
     model.set_attn_implementation(NAME)
+
+
+class Block(NamedTuple):
+    """Queries `start` to before `end` see columns `first` to before `last`; `added` [.., Q, T] says which of them."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+    added: Tensor
 
 
 def attention(
@@ -49,48 +60,62 @@ def attention(
     **others: Any,
 ) -> tuple[Float[Tensor, "B Q H D"], None]:
     """Return what `transformers`' attention functions return; G heads of keys serve H heads of queries."""
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    is_bf16 = query.device.type == "cpu" and dtype == torch.bfloat16
-    is_short = query.shape[2] > 1 and key.shape[2] <= MAX_COLUMNS  # a single query, as in decoding, gains nothing
-    if not (is_bf16 and is_short) or dropout > 0 or any(others.get(name) is not None for name in UNSUPPORTED):
+    num_queries, num_columns = query.shape[2], key.shape[2]
+    is_plain = dropout == 0 and all(others.get(name) is None for name in UNSUPPORTED)
+    if not (is_plain and query.device.type == "cpu" and pays(num_queries, num_columns)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
-    num_shared = query.shape[1] // key.shape[1]
-    query, key, value = query.to(dtype), repeat_kv(key.to(dtype), num_shared), repeat_kv(value.to(dtype), num_shared)
+    dtype = product_dtype(query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return bf16_attention(query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None
+    blocks = plan_blocks(attention_mask, num_queries, num_columns, dtype)
+    mixed = block_attention(query.to(dtype), key.to(dtype), value.to(dtype), blocks, scale)
+    return mixed.transpose(1, 2).contiguous(), None
 
 
-def bf16_attention(
+def product_dtype(states: Tensor) -> torch.dtype:
+    """Return the precision of matrix products of `states` on a CPU."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else states.dtype
+
+
+def pays(num_queries: int, num_columns: int) -> bool:
+    """Return True for lengths at which blocks are the faster way; a single query, as in decoding, gains nothing."""
+    return num_queries > 1 and num_columns <= MAX_COLUMNS
+
+
+def block_attention(
     query: Float[Tensor, "B H Q D"],
-    key: Float[Tensor, "B H T D"],
-    value: Float[Tensor, "B H T D"],
-    mask: Tensor | None,
+    key: Float[Tensor, "B G T D"],
+    value: Float[Tensor, "B G T D"],
+    blocks: Sequence[Block],
     scale: float,
 ) -> Float[Tensor, "B H Q D"]:
-    """Return softmax(scale Q K^T + mask) V, by blocks of queries.
+    """Return softmax(scale Q K^T + mask) V, by blocks of queries."""
+    num_shared = query.shape[1] // key.shape[1]
+    mixed: Tensor = _Blocks.apply(query, repeat_kv(key, num_shared), repeat_kv(value, num_shared), blocks, scale)
+    return mixed
 
-    `mask` is True, or 0, where a query sees a column, and broadcasts to [B, H, Q, T]; None is causal, with the last
-    query at the last column.
+
+def plan_blocks(mask: Tensor | None, num_queries: int, num_columns: int, dtype: torch.dtype) -> list[Block]:
+    """Return the blocks of a mask, which is True, or 0, where a query sees a column: [1 or B, 1 or H, Q, T].
+
+    None is causal, with the last query at the last column.
     """
-    num_queries, num_columns = query.shape[2], key.shape[2]
-    lowest = torch.finfo(query.dtype).min
+    lowest = torch.finfo(dtype).min
     blocks = []
     for start in range(0, num_queries, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, num_queries)
         if mask is None:
             first, last = 0, num_columns - num_queries + end
-            added = torch.full((end - start, last), lowest, dtype=query.dtype).triu_(last - (end - start) + 1)
+            added = torch.full((end - start, last), lowest, dtype=dtype).triu_(last - (end - start) + 1)[None, None]
         else:
             part = mask[:, :, start:end]
             first, last = seen_columns(part, num_columns)
             part = part[..., first:last]
             if part.dtype == torch.bool:
-                added = torch.zeros(part.shape, dtype=query.dtype).masked_fill_(~part, lowest)
+                added = torch.zeros(part.shape, dtype=dtype).masked_fill_(~part, lowest)
             else:
-                added = part.to(query.dtype)
-        seen = slice(first, last)
-        blocks.append(_Block.apply(query[:, :, start:end], key[:, :, seen], value[:, :, seen], added, scale))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+                added = part.to(dtype)
+        blocks.append(Block(start, end, first, last, added))
+    return blocks
 
 
 def seen_columns(mask: Tensor, num_columns: int) -> tuple[int, int]:
@@ -106,19 +131,39 @@ def seen_columns(mask: Tensor, num_columns: int) -> tuple[int, int]:
     return (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, num_columns)
 
 
-class _Block(torch.autograd.Function):
-    """Attention of one block of queries. What is kept for the backward pass are the weights, in bf16."""
+class _Blocks(torch.autograd.Function):
+    """Attention by blocks of queries. What is kept for the backward pass are the weights."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, added: Tensor, scale: float) -> Tensor:
-        weights = torch.softmax((query @ key.mT).mul_(scale).add_(added), dim=-1)
-        ctx.save_for_backward(query, key, value, weights)
-        ctx.scale = scale
-        return weights @ value
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], scale: float) -> Tensor:
+        rows, heads = query.shape[:2]
+        query, key, value = (states.flatten(0, 1) for states in (query, key, value))
+        columns, weights = key.mT.contiguous(), list[Tensor]()
+        output = query.new_empty(*query.shape[:2], value.shape[-1])
+        for start, end, first, last, added in blocks:
+            # alpha Q K^T + mask in one product; the softmax in fp32 is the faster one too
+            added = added[0] if added.shape[0] == 1 else added.expand(-1, heads, -1, -1).flatten(0, 1)
+            bias = added.expand(rows * heads, -1, -1)
+            scores = torch.baddbmm(bias, query[:, start:end], columns[:, :, first:last], alpha=scale)
+            weights.append(torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype))
+            output[:, start:end] = torch.bmm(weights[-1], value[:, first:last])
+        ctx.save_for_backward(query, key, value, *weights)
+        ctx.blocks, ctx.scale, ctx.outer = blocks, scale, (rows, heads)
+        return output.unflatten(0, ctx.outer)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, weights = ctx.saved_tensors
-        # dS = scale * P (dP - sum_t P dP), with P the weights and dP = dO V^T
-        scores = torch._softmax_backward_data(gradient @ value.mT, weights, -1, weights.dtype).mul_(ctx.scale)
-        return scores @ key, scores.mT @ query, weights.mT @ gradient, None, None
+        # dS = P (dP - sum_t P dP), with P the weights and dP = dO V^T
+        query, key, value, *weights = ctx.saved_tensors
+        gradient = gradient.flatten(0, 1)
+        to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        columns = value.mT.contiguous()
+        for (start, end, first, last, _), seen in zip(ctx.blocks, weights, strict=True):
+            to_output = gradient[:, start:end]
+            to_weights = torch.bmm(to_output, columns[:, :, first:last])
+            scores = torch._softmax_backward_data(to_weights, seen, -1, seen.dtype)
+            to_query[:, start:end] = torch.bmm(scores, key[:, first:last])
+            to_key[:, first:last] += torch.bmm(scores.mT, query[:, start:end])
+            to_value[:, first:last] += torch.bmm(seen.mT, to_output)
+        found = (to_query.mul_(ctx.scale), to_key.mul_(ctx.scale), to_value)
+        return *(states.unflatten(0, ctx.outer) for states in found), None, None

@@ -18,7 +18,7 @@ from qinglan.core.errors import InputError
 from qinglan.core.records import Case
 from qinglan.models.chat import ChatFormat
 from qinglan.models.generate import SamplingConfig, generate
-from qinglan.models.language_model import LanguageModel, completion_logprobs, hidden_states, max_context
+from qinglan.models.language_model import LanguageModel, completion_logprobs, end_states, max_context
 from qinglan.models.tokens import TokenSequence, padded_batches
 
 MAX_RECORD_TOKENS = 24
@@ -78,9 +78,8 @@ def case_features(lm: LanguageModel, cases: Sequence[Case], max_tokens: int = 81
     states: list[Tensor] = [torch.empty(0)] * len(flat)
     with torch.no_grad(), lm.device.autocast():
         for batch in padded_batches(flat, max_tokens):
-            hidden = hidden_states(lm.model, batch)
-            for place in batch.sequence_rows:
-                states[place.original] = hidden[place.row, place.end - 1].float().cpu()
+            for place, state in zip(batch.sequence_rows, end_states(lm.model, batch).float().cpu(), strict=True):
+                states[place.original] = state
     found = iter(states)
     own = [[next(found) for _ in sequences] for sequences in encoded]
     return torch.stack([one[0] if len(one) == 1 else one[0] - one[1] for one in own])

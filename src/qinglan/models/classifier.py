@@ -35,7 +35,7 @@ from qinglan.models.adapters import (
 from qinglan.models.cases import encode_case
 from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
 from qinglan.models.directory import load_tokenizer, prepare, save_weights, write_model_directory
-from qinglan.models.language_model import LanguageModel, hidden_states
+from qinglan.models.language_model import LanguageModel, end_states
 from qinglan.models.tokens import TokenBatch, TokenSequence, padded_batches
 
 HeadStart = Literal["probe", "words", "normal", "zero"]
@@ -128,12 +128,10 @@ def word_rows(lm: LanguageModel, words: tuple[str, str]) -> Tensor | None:
 
 def logits_of_batch(classifier: TextClassifier, batch: TokenBatch) -> Tensor:
     """Return z of each sequence, fp32 [n] in the order of `batch.sequence_rows`; gradients flow."""
-    hidden = hidden_states(classifier.model, batch)
-    rows = torch.tensor([sequence.row for sequence in batch.sequence_rows], device=hidden.device)
-    last = torch.tensor([sequence.end - 1 for sequence in batch.sequence_rows], device=hidden.device)
+    states = end_states(classifier.model, batch)
     head: Any = classifier.model.score
-    with torch.autocast(hidden.device.type, enabled=False):
-        outputs = F.linear(hidden[rows, last].float(), head.weight.float())
+    with torch.autocast(states.device.type, enabled=False):
+        outputs = F.linear(states.float(), head.weight.float())
     return outputs[:, 0] if outputs.shape[1] == 1 else outputs[:, 1] - outputs[:, 0]
 
 

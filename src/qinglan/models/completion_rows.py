@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qinglan.models.language_model import TokenBatch, TokenSequence, hidden_states, max_context
+from qinglan.models.language_model import TokenBatch, TokenSequence, max_context, states_at
 from qinglan.models.prompt_sharing import PromptTree, TreeBatch, can_share_prompt, make_tree_batch, tree_states
 from qinglan.models.tokens import collate, plan_rows
 
@@ -76,18 +76,46 @@ def make_completion_batches(
         yield CompletionBatch(batch, [alone[place.original] for place in batch.sequence_rows])
 
 
+def states_before(model: PreTrainedModel, batch: CompletionBatch) -> Float[Tensor, "N D"]:
+    """Return the hidden states before each token of the completions, one completion after the other; gradients flow."""
+    return _states_at(model, batch.rows, *_places_before(batch.rows))
+
+
+def states_at_ends(model: PreTrainedModel, batch: CompletionBatch) -> Float[Tensor, "S D"]:
+    """Return the hidden state at the last token of each completion; gradients flow."""
+    return _states_at(model, batch.rows, *_ends(batch.rows))
+
+
 def completion_states(model: PreTrainedModel, batch: CompletionBatch) -> CompletionStates:
-    """Return the hidden states of a batch's completions; gradients flow."""
-    rows = batch.rows
+    """Return both of one forward pass."""
+    before, ends = _places_before(batch.rows), _ends(batch.rows)
+    both = (torch.cat(parts) for parts in zip(before, ends, strict=True))
+    return CompletionStates(*_states_at(model, batch.rows, *both).split([len(before[0]), len(ends[0])]))
+
+
+Places = tuple[Int[Tensor, " M"], Int[Tensor, " M"]]
+"""Rows and columns."""
+
+
+def _places_before(rows: TokenBatch | TreeBatch) -> Places:
     if isinstance(rows, TreeBatch):
-        hidden = tree_states(model, rows)
-        before, ends = (rows.target_rows, rows.predicting_columns), (rows.end_rows, rows.end_columns)
-        return CompletionStates(hidden[before], hidden[ends])
-    hidden = hidden_states(model, rows)
+        return rows.target_rows, rows.predicting_columns
     places, columns = rows.target_mask.nonzero(as_tuple=True)
-    last = torch.tensor([(one.row, one.end - 1) for one in rows.sequence_rows], device=hidden.device)
-    end_rows, end_columns = last.unbind(dim=1)
-    return CompletionStates(hidden[places, columns - 1], hidden[end_rows, end_columns])
+    return places, columns - 1
+
+
+def _ends(rows: TokenBatch | TreeBatch) -> Places:
+    if isinstance(rows, TreeBatch):
+        return rows.end_rows, rows.end_columns
+    last = torch.tensor([(one.row, one.end - 1) for one in rows.sequence_rows], device=rows.input_ids.device)
+    numbers, columns = last.unbind(dim=1)
+    return numbers, columns
+
+
+def _states_at(model: PreTrainedModel, rows: TokenBatch | TreeBatch, numbers: Tensor, columns: Tensor) -> Tensor:
+    if isinstance(rows, TreeBatch):
+        return tree_states(model, rows, numbers, columns)
+    return states_at(model, rows, numbers, columns)
 
 
 def _tree_of(sequences: Sequence[TokenSequence]) -> PromptTree:

@@ -38,9 +38,9 @@ from qinglan.models.adapters import (
     trainable_copy,
 )
 from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
-from qinglan.models.completion_rows import completion_states, make_completion_batches
+from qinglan.models.completion_rows import make_completion_batches, states_at_ends
 from qinglan.models.directory import load_tokenizer, prepare, save_weights, write_model_directory
-from qinglan.models.language_model import LanguageModel, hidden_states
+from qinglan.models.language_model import LanguageModel, end_states
 from qinglan.models.tokens import TokenBatch, TokenSequence
 
 
@@ -105,10 +105,7 @@ def token_values(scalar: ScalarModel, hidden: Tensor) -> Tensor:
 
 def last_token_scores(scalar: ScalarModel, batch: TokenBatch) -> Tensor:
     """Return the score of each sequence, fp32 [num sequences] in the order of `batch.sequence_rows`; gradients flow."""
-    hidden = hidden_states(scalar.model, batch)
-    rows = torch.tensor([sequence.row for sequence in batch.sequence_rows], device=hidden.device)
-    last = torch.tensor([sequence.end - 1 for sequence in batch.sequence_rows], device=hidden.device)
-    return token_values(scalar, hidden[rows, last])
+    return token_values(scalar, end_states(scalar.model, batch))
 
 
 def score_sequences(scalar: ScalarModel, sequences: Sequence[TokenSequence], max_tokens: int = 8192) -> Tensor:
@@ -122,7 +119,7 @@ def score_sequences(scalar: ScalarModel, sequences: Sequence[TokenSequence], max
     scores = torch.empty(len(sequences))
     with torch.no_grad(), scalar.device.autocast():
         for batch in make_completion_batches(sequences, range(len(sequences)), [scalar.model], max_tokens=max_tokens):
-            scores[batch.numbers] = token_values(scalar, completion_states(scalar.model, batch).ends).cpu()
+            scores[batch.numbers] = token_values(scalar, states_at_ends(scalar.model, batch)).cpu()
     return scores
 
 

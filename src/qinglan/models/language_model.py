@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -31,6 +32,7 @@ from qinglan.models.adapters import LoRAConfig, adapter_of, load_model, save_ada
 from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
 from qinglan.models.directory import MAX_FILE_SIZE, load_tokenizer, save_weights, write_model_directory
 from qinglan.models.tokens import SequenceRow, TokenBatch, TokenSequence, collate, padded_batches
+from qinglan.models.trunk import is_written_out, trunk_states
 
 __all__ = [
     "LanguageModel",
@@ -48,6 +50,7 @@ __all__ = [
     "save_language_model",
     "start_of_training",
     "target_logprobs",
+    "target_states",
     "token_logprobs",
     "vocabulary_logits",
     "vocabulary_size",
@@ -155,12 +158,35 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return int(embeddings.weight.shape[0])
 
 
-def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-    """Return the trunk's last hidden states [B, T, D]; no logits are computed. Works for every model with a trunk.
+def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Float[Tensor, "B T D"]:
+    """Return the trunk's last hidden states; no logits are computed. Works for every model with a trunk.
 
     Sequences in one row do not see each other. Matmuls have the precision of the `Device.autocast` around the call.
     Raises `InputError` for a sequence longer than the model's context.
     """
+    return _run_trunk(model, batch, None)
+
+
+def states_at(
+    model: PreTrainedModel, batch: TokenBatch, rows: Int[Tensor, " M"], columns: Int[Tensor, " M"]
+) -> Float[Tensor, "M D"]:
+    """Return `hidden_states` at some places only, which saves many models work in their last layer."""
+    return _run_trunk(model, batch, (rows * batch.input_ids.shape[1] + columns).to(model.device))
+
+
+def target_states(model: PreTrainedModel, batch: TokenBatch) -> Float[Tensor, "N D"]:
+    """Return the states that predict the targets: those one column to their left."""
+    rows, columns = batch.target_mask.nonzero(as_tuple=True)
+    return states_at(model, batch, rows, columns - 1)
+
+
+def end_states(model: PreTrainedModel, batch: TokenBatch) -> Float[Tensor, "S D"]:
+    """Return the state at the last token of each sequence, in the order of `batch.sequence_rows`."""
+    last = torch.tensor([(sequence.row, sequence.end - 1) for sequence in batch.sequence_rows])
+    return states_at(model, batch, *last.unbind(dim=1))
+
+
+def _run_trunk(model: PreTrainedModel, batch: TokenBatch, places: Tensor | None) -> Tensor:
     context = max_context(model)
     longest = max(sequence.end - sequence.start for sequence in batch.sequence_rows)
     if longest > context:
@@ -172,11 +198,12 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     if position_ids.shape[1] > context:
         # Only padding, or a packed row's padding, counts that far; learned positions have no row for it.
         position_ids = position_ids.clamp(max=context - 1)
+    input_ids, position_ids = batch.input_ids.to(model.device), position_ids.to(model.device)
+    if is_written_out(model):
+        return trunk_states(model, input_ids, position_ids, places=places)
     # use_cache=False and no attention_mask: only then does transformers look for packed sequences (masking_utils).
-    output = model.base_model(
-        input_ids=batch.input_ids.to(model.device), position_ids=position_ids.to(model.device), use_cache=False
-    )
-    return output.last_hidden_state
+    states = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    return states if places is None else states.flatten(0, 1)[places]
 
 
 def vocabulary_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -201,7 +228,7 @@ def vocabulary_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 def target_logprobs(
     model: PreTrainedModel,
-    hidden: Tensor,
+    states: Float[Tensor, "N D"],
     batch: TokenBatch,
     *,
     temperature: float = 1.0,
@@ -211,23 +238,17 @@ def target_logprobs(
     """Return log-probability and entropy of every target: the logits at column t-1 score the token at column t.
 
     Args:
-        model: causal model whose trunk made `hidden`.
-        hidden: [B, T, D]. Only columns that predict a target are read, so what stands in padding does not matter.
+        model: causal model whose trunk made `states`.
+        states: those of `target_states`.
         batch: names the targets.
         temperature: logits are divided by it, as the sampler does.
         chunk_tokens: targets whose logits exist at one time; by default as many as take 128 MiB. Where there are
             several chunks, the backward pass computes their logits again.
         with_entropy: False saves two passes over the logits.
     """
-    target_mask = batch.target_mask.to(hidden.device)
-    rows, columns = target_mask.nonzero(as_tuple=True)
+    targets = batch.input_ids[batch.target_mask].to(states.device)
     return token_logprobs(
-        model,
-        hidden[rows, columns - 1],
-        batch.input_ids.to(hidden.device)[rows, columns],
-        temperature=temperature,
-        chunk_tokens=chunk_tokens,
-        with_entropy=with_entropy,
+        model, states, targets, temperature=temperature, chunk_tokens=chunk_tokens, with_entropy=with_entropy
     )
 
 
@@ -280,8 +301,8 @@ def completion_logprobs(
     found: list[Tensor] = [torch.empty(0)] * len(sequences)
     with torch.no_grad(), lm.device.autocast():
         for batch in padded_batches(sequences, max_tokens):
-            hidden = hidden_states(lm.model, batch)
-            logprobs = target_logprobs(lm.model, hidden, batch, temperature=temperature, with_entropy=False).logprobs
+            states = target_states(lm.model, batch)
+            logprobs = target_logprobs(lm.model, states, batch, temperature=temperature, with_entropy=False).logprobs
             for sequence, values in zip(batch.sequence_rows, logprobs.cpu().split(batch.lengths), strict=True):
                 found[sequence.original] = values
     return found

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from qinglan.models import attention
 from qinglan.models.language_model import token_logprobs
+from qinglan.models.trunk import is_written_out, trunk_states
 
 ARCHITECTURES = frozenset({"gemma", "gpt2", "llama", "mistral", "qwen2", "qwen3"})
 """Values of `config.model_type` for which the tests show that a tree row equals separate rows."""
@@ -101,26 +102,30 @@ def make_tree_batch(trees: Sequence[PromptTree], device: torch.device) -> TreeBa
     return TreeBatch(*(tensor.to(device) for tensor in batch))
 
 
-def tree_states(model: PreTrainedModel, batch: TreeBatch) -> Float[Tensor, "G T D"]:
-    """Return the trunk's last hidden states of all columns; gradients flow."""
+def tree_states(
+    model: PreTrainedModel, batch: TreeBatch, rows: Int[Tensor, " M"], columns: Int[Tensor, " M"]
+) -> Float[Tensor, "M D"]:
+    """Return the trunk's last hidden states at some places; gradients flow."""
+    places = rows * batch.input_ids.shape[1] + columns
+    if is_written_out(model):
+        return trunk_states(model, batch.input_ids, batch.position_ids, batch.may_attend, places=places)
     output = model.base_model(
         input_ids=batch.input_ids,
         attention_mask=batch.may_attend,
         position_ids=batch.position_ids,
         use_cache=False,
     )
-    return output.last_hidden_state
+    return output.last_hidden_state.flatten(0, 1)[places]
 
 
-def end_states(model: PreTrainedModel, batch: TreeBatch) -> Float[Tensor, "S D"]:
+def tree_end_states(model: PreTrainedModel, batch: TreeBatch) -> Float[Tensor, "S D"]:
     """Return the hidden state at the last token of each completion, tree by tree; gradients flow."""
-    return tree_states(model, batch)[batch.end_rows, batch.end_columns]
+    return tree_states(model, batch, batch.end_rows, batch.end_columns)
 
 
 def tree_logprobs(model: PreTrainedModel, batch: TreeBatch) -> Float[Tensor, " S"]:
     """Return the log-probability of each whole completion given its prompt, in nats; gradients flow."""
-    hidden = tree_states(model, batch)
-    states = hidden[batch.target_rows, batch.predicting_columns]
+    states = tree_states(model, batch, batch.target_rows, batch.predicting_columns)
     targets = batch.input_ids[batch.target_rows, batch.target_columns]
     logprobs = token_logprobs(model, states, targets, with_entropy=False).logprobs
     return logprobs.new_zeros(len(batch.end_rows)).index_add(0, batch.owners, logprobs)

@@ -1,0 +1,163 @@
+"""The trunk of Llama, Mistral, Qwen2 and Qwen3, written out for processors: the same numbers with less work.
+
+`transformers`' own forward passes serve every other architecture, and all of CUDA. Here, for the decoders that most
+models are (ours among them):
+
+- the last layer is worked out where a state is asked for: behind the keys and values nothing looks sideways any more,
+  so that a prompt's tokens, which no loss reads, need no output matrix and no MLP there;
+- a norm is one function with its gradient written out, and gives bf16 where bf16 products read it: no casts between;
+- positions are rotated into the order in which attention reads them;
+- masks become blocks once for all layers (`attention.py`).
+
+The modules stay `transformers`' own and are called as they are, adapters included; their weights are not copied.
+
+Letters: B rows, T columns, H heads, K units of a head, D hidden units, M places whose states are asked for.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from qinglan.models import attention
+
+ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Values of `config.model_type`."""
+
+
+def is_written_out(model: PreTrainedModel) -> bool:
+    """Return True if `trunk_states` runs this model: a known decoder on a CPU, without windows, hooks or compiling."""
+    config = model.config
+    trunk: Any = model.base_model
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    has_window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return (
+        config.model_type in ARCHITECTURES
+        and model.device.type == "cpu"
+        and config._attn_implementation == attention.NAME
+        and set(kinds) == {"full_attention"}
+        and not has_window
+        and "forward" not in vars(trunk)  # compiled
+        and not any(layer.self_attn._forward_hooks for layer in trunk.layers)  # dropout
+    )
+
+
+def trunk_states(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "B T"],
+    position_ids: Int[Tensor, "B T"],
+    mask: Tensor | None = None,
+    *,
+    cache: Cache | None = None,
+    places: Int[Tensor, " M"] | None = None,
+) -> Float[Tensor, "B T D"] | Float[Tensor, "M D"]:
+    """Return the last hidden states, behind the final norm, as `transformers` gives them.
+
+    Args:
+        model: one for which `is_written_out`.
+        input_ids: tokens.
+        position_ids: their positions.
+        mask: what `attention.attention` takes; None: causal, and where positions start again, a sequence of its own.
+        cache: keys and values of earlier tokens, to which these are added.
+        places: numbers row * T + column of the states that are asked for; default: all.
+    """
+    trunk: Any = model.base_model
+    states = trunk.embed_tokens(input_ids)
+    rotation = trunk.rotary_emb(states, position_ids)
+    dtype, length = attention.product_dtype(states), input_ids.shape[1]
+    if mask is None and cache is None:
+        mask = packed_mask(position_ids)
+    in_blocks = cache is None and attention.pays(length, length)
+    blocks = attention.plan_blocks(mask, length, length, dtype) if in_blocks else None
+    saves_work = places is not None and len(places) < input_ids.numel()
+    for index, layer in enumerate(trunk.layers):
+        block = layer.self_attn
+        query, key, value = _heads(block, normalize(layer.input_layernorm, states, dtype), rotation)
+        if blocks is not None:
+            mixed = attention.block_attention(query, key, value, blocks, block.scaling).transpose(1, 2)
+        else:
+            if cache is not None:
+                key, value = cache.update(key, value, index)
+            mixed, _ = attention.attention(block, query, key, value, mask, scaling=block.scaling)
+        mixed = mixed.flatten(2)
+        if saves_work and index == len(trunk.layers) - 1:
+            states, mixed = states.flatten(0, 1)[places], mixed.flatten(0, 1)[places]
+        states = states + block.o_proj(mixed)
+        states = states + layer.mlp(normalize(layer.post_attention_layernorm, states, dtype))
+    states = normalize(trunk.norm, states, states.dtype)
+    return states if places is None or saves_work else states.flatten(0, 1)[places]
+
+
+def packed_mask(position_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"] | None:
+    """Return who sees whom where rows hold several sequences; None where each holds one, so that causal is enough."""
+    starts = torch.nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0))
+    if not starts.any():
+        return None
+    segments = starts.cumsum(dim=1)
+    is_causal = torch.ones(2 * position_ids.shape[1:], dtype=torch.bool).tril()
+    return ((segments[:, :, None] == segments[:, None]) & is_causal)[:, None]
+
+
+def _heads(block: Any, normed: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values, [B, H, T, K], queries and keys rotated."""
+    shape = (*normed.shape[:2], -1, block.head_dim)
+    query, key, value = (matrix(normed).view(shape) for matrix in (block.q_proj, block.k_proj, block.v_proj))
+    if hasattr(block, "q_norm"):
+        query, key = (normalize(norm, x, x.dtype) for norm, x in ((block.q_norm, query), (block.k_norm, key)))
+    return _Rotate.apply(query, *rotation), _Rotate.apply(key, *rotation), value.transpose(1, 2)
+
+
+def normalize(norm: Any, states: Float[Tensor, "*n D"], dtype: torch.dtype) -> Float[Tensor, "*n D"]:
+    """Return the output of a module for RMS norm in `dtype`; sums are fp32."""
+    return _RMSNorm.apply(states, norm.weight, norm.variance_epsilon, dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = w x r with r = 1 / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, equation 4)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        x = x.float()
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # With n = x r:  dw = sum g n,  dx = r (g w - n mean(g w n))
+        x, weight, scale = ctx.saved_tensors
+        normed, gradient = x * scale, gradient.float()
+        product = (gradient * normed).flatten(0, -2)
+        mean = torch.mv(product, weight).div_(x.shape[-1]).view(scale.shape)
+        to_x = (gradient * weight).addcmul_(normed, mean, value=-1).mul_(scale)
+        return to_x, product.sum(0), None, None
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotary positions (Su et al. 2021, equation 34): [B, T, H, K] and cos, sin [B, T, K] to [B, H, T, K].
+
+    The first half y1 = x1 cos - x2 sin and the second half y2 = x2 cos + x1 sin, in fp32, rounded to x's precision.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x.transpose(1, 2).contiguous(), cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors  # the transpose of a rotation turns back
+        return _rotated(gradient, cos, sin, -1).transpose(1, 2), None, None
+
+
+def _rotated(x: Float[Tensor, "B H T K"], cos: Tensor, sin: Tensor, way: int) -> Float[Tensor, "B H T K"]:
+    half, cos, sin, exact = x.shape[-1] // 2, cos[:, None], sin[:, None], x.float()
+    first, second = exact[..., :half], exact[..., half:]
+    y = exact * cos
+    y[..., :half].addcmul_(second, sin[..., :half], value=-way)
+    y[..., half:].addcmul_(first, sin[..., half:], value=way)
+    return y.to(x.dtype)
