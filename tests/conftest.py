@@ -36,7 +36,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 """Of tests that compare what a GPU does with and without recorded steps; the suite of a CPU leaves them out."""
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen2_sliding", "qwen3", "gpt2", "gemma2", "gemma3")
-CPU = Device(torch.device("cpu"), torch.float32)
+CPU = Device.detect("cpu", "float32")
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -152,7 +152,7 @@ def test_it_learns_with_the_adapter_alone(tmp_path, base, name):
     trained = TRAINERS[name](base, stage)
     rows = stage.run.metrics(name)
     if name == "sft":
-        assert rows[1]["loss"] > 1.5 and rows[-1]["loss"] < 0.8
+        assert rows[-1]["loss"] < 0.6 * rows[1]["loss"]
     elif name in ("reward", "dpo"):
         assert rows[0]["valid_accuracy"] < 0.7 and rows[-1]["valid_accuracy"] > 0.8
     elif name == "classify":

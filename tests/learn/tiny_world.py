@@ -39,7 +39,7 @@ from qinglan.models.chat import make_chat_format
 from qinglan.models.directory import prepare
 from qinglan.models.language_model import LanguageModel
 
-CPU = Device(torch.device("cpu"), torch.float32)
+CPU = Device.detect("cpu", "float32")
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}{% else %}<a>{{ m.content }}<e>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"

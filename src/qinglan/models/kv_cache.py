@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 from qinglan.models.cuda_graph import Space
 from qinglan.models.decode_graphs import DecodeGraphs
 from qinglan.models.language_model import max_context
+from qinglan.models.trunk import is_written_out, trunk_states
 
 
 class AttentionPlan(NamedTuple):
@@ -234,9 +235,12 @@ class SlotCache(Cache):
     def _forward(self, input_ids: Tensor, position_ids: Tensor, distance: Tensor, place: Place) -> Tensor:
         for layer in self.slot_layers:
             layer.place = place
+        masks = self.plan.masks(distance, self.mask_dtype)
+        if isinstance(masks, Tensor) and is_written_out(self.model):
+            return trunk_states(self.model, input_ids, position_ids, masks, cache=self)
         output = self.model.base_model(
             input_ids=input_ids,
-            attention_mask=self.plan.masks(distance, self.mask_dtype),
+            attention_mask=masks,
             position_ids=position_ids,
             past_key_values=self,
             use_cache=True,

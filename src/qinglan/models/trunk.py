@@ -36,7 +36,7 @@ def is_written_out(model: PreTrainedModel) -> bool:
     has_window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     return (
         config.model_type in ARCHITECTURES
-        and model.device.type == "cpu"
+        and (model.device.type, model.dtype) == ("cpu", torch.float32)
         and config._attn_implementation == attention.NAME
         and set(kinds) == {"full_attention"}
         and not has_window
