@@ -3,8 +3,9 @@
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -56,13 +57,29 @@ def choose_products() -> None:
     The same precision at about twice the rate (docs/benchmarks.md). The only public switch to oneDNN allows bf16 too,
     which oneDNN takes on processors with AMX alone: a product is tried, and the switch taken back if it is rounded.
     """
-    products = torch.backends.mkldnn.matmul
+    products = _products()
     if not (_is_amd() and torch.backends.cpu.get_cpu_capability() == "AVX512") or products.fp32_precision == "bf16":
         return
     products.fp32_precision = "bf16"
     numbers = torch.arange(64.0 * 64).view(64, 64).sin()  # in (-1, 1): fp32 is off by 1e-6, bf16 by 1e-2
     if (numbers @ numbers - (numbers.double() @ numbers.double()).float()).abs().max() > 1e-4:
         products.fp32_precision = "none"
+
+
+@contextlib.contextmanager
+def small_products() -> Iterator[None]:
+    """Return the context for products of very small matrices, which MKL starts faster than oneDNN."""
+    products = _products()
+    before = products.fp32_precision
+    products.fp32_precision = "none"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+def _products() -> Any:
+    return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
 def _is_amd() -> bool:

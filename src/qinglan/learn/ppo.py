@@ -333,14 +333,17 @@ def _settle_old_logprobs(
     """Return the rollout with the old log-probabilities to train with.
 
     The sampler's serve in fp32, after a check of all tokens of the first rollout (later ones: of the first minibatch,
-    for nothing). bf16 rounds a cached decoding step and a full pass differently, so there they are computed again.
+    for nothing). bf16 rounds a cached decoding step and a full pass differently, so there they are computed again,
+    unless the rollout serves one update only, which knows them itself (`accumulate_gradients`).
     """
-    must_recompute = config.old_logprobs == "recompute" or policy.device.compute_dtype != torch.float32
+    dtype = policy.device.compute_dtype
+    many_updates = config.updates_per_iteration > 1
+    must_recompute = config.old_logprobs == "recompute" or (dtype != torch.float32 and many_updates)
     if not must_recompute and iteration > 0:
         return rollout
     again = rollout_logprobs(policy, rollout, config.sampling.temperature, config.max_tokens)
     if must_recompute:
         return rollout._replace(logprobs=again)
     mask = rollout.completion_mask
-    check_ratio(*ratio_errors(again[mask], rollout.logprobs[mask]), torch.float32, where)
+    check_ratio(*ratio_errors(again[mask], rollout.logprobs[mask]), dtype, where)
     return rollout

@@ -214,8 +214,13 @@ def minibatch_order(config: PPOConfig, seed: int, iteration: int, epoch: int) ->
 def accumulate_gradients(
     learners: Learners, rollout: Rollout, targets: Targets, chosen: Sequence[int], config: PPOConfig
 ) -> Tally:
-    """Add the gradients of one minibatch of episodes to the models' `.grad`: the mean over all its sampled tokens."""
+    """Add the gradients of one minibatch of episodes to the models' `.grad`: the mean over all its sampled tokens.
+
+    Where a rollout serves one update, the policy is still the one that sampled it: the old log-probabilities are the
+    new ones without a gradient, free of what bf16 rounds differently in a decoding step.
+    """
     policy, value = learners.policy, learners.value
+    is_first = config.updates_per_iteration == 1 and policy.device.compute_dtype != torch.float32
     num_tokens = int(rollout.completion_mask[list(chosen)].sum())
     tally = Tally()
     models = [policy.model] if value is None else [policy.model, value.model]
@@ -229,8 +234,17 @@ def accumulate_gradients(
 
         with policy.device.autocast():
             states = states_before(policy.model, batch)
-            new = token_logprobs(policy.model, states, batch.completion_ids, temperature=config.sampling.temperature)
-        loss = clipped_surrogate(new.logprobs, flat(rollout.logprobs), flat(targets.advantages), config.clip)
+            new = token_logprobs(
+                policy.model,
+                states,
+                batch.completion_ids,
+                temperature=config.sampling.temperature,
+                entropy_gradient=config.entropy_coef > 0,
+            )
+        sampled = flat(rollout.logprobs)
+        old = new.logprobs.detach() if is_first else sampled
+        loss = clipped_surrogate(new.logprobs, old, flat(targets.advantages), config.clip)
+        errors = torch.expm1(new.logprobs.detach() - sampled).abs()
         total = (loss.loss.sum() - config.entropy_coef * new.entropy.sum()) / num_tokens
         if not learners.shares_trunk:
             total.backward()
@@ -255,8 +269,8 @@ def accumulate_gradients(
                 entropy=float(new.entropy.detach().sum()),
                 value_loss=fitted,
                 value_clip_fraction=value_clipped,
-                ratio_error=float((loss.ratio - 1).abs().sum()),
-                worst_ratio_error=float((loss.ratio - 1).abs().max()),
+                ratio_error=float(errors.sum()),
+                worst_ratio_error=float(errors.max()),
             )
         )
     return tally

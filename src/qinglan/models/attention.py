@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qinglan.core.device import small_products
+
 NAME = "qinglan"
 """Our entry in `transformers`' table of attention functions."""
 QUERY_BLOCK = 128
@@ -62,12 +64,17 @@ def attention(
     """Return what `transformers`' attention functions return; G heads of keys serve H heads of queries."""
     num_queries, num_columns = query.shape[2], key.shape[2]
     is_plain = dropout == 0 and all(others.get(name) is None for name in UNSUPPORTED)
-    if not (is_plain and query.device.type == "cpu" and pays(num_queries, num_columns)):
+    decodes = num_queries == 1 and attention_mask is not None and attention_mask.dtype != torch.bool
+    if not (is_plain and query.device.type == "cpu" and (decodes or pays(num_queries, num_columns))):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
     dtype = product_dtype(query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    blocks = plan_blocks(attention_mask, num_queries, num_columns, dtype)
-    mixed = block_attention(query.to(dtype), key.to(dtype), value.to(dtype), blocks, scale)
+    if decodes:
+        assert attention_mask is not None
+        mixed = last_token_attention(query, key, value, attention_mask, scale).to(dtype)
+    else:
+        blocks = plan_blocks(attention_mask, num_queries, num_columns, dtype)
+        mixed = block_attention(query.to(dtype), key.to(dtype), value.to(dtype), blocks, scale)
     return mixed.transpose(1, 2).contiguous(), None
 
 
@@ -77,7 +84,7 @@ def product_dtype(states: Tensor) -> torch.dtype:
 
 
 def pays(num_queries: int, num_columns: int) -> bool:
-    """Return True for lengths at which blocks are the faster way; a single query, as in decoding, gains nothing."""
+    """Return True for lengths at which blocks are the faster way."""
     return num_queries > 1 and num_columns <= MAX_COLUMNS
 
 
@@ -92,6 +99,22 @@ def block_attention(
     num_shared = query.shape[1] // key.shape[1]
     mixed: Tensor = _Blocks.apply(query, repeat_kv(key, num_shared), repeat_kv(value, num_shared), blocks, scale)
     return mixed
+
+
+def last_token_attention(
+    query: Float[Tensor, "B H 1 D"],
+    key: Float[Tensor, "B G T D"],
+    value: Float[Tensor, "B G T D"],
+    added: Float[Tensor, "B 1 1 T"],
+    scale: float,
+) -> Float[Tensor, "B H 1 D"]:
+    """Return softmax(scale q K^T + added) V for one query a row, for all rows and heads at once, as precise as K."""
+    rows, groups, columns, _ = key.shape
+    query = query.to(key.dtype).reshape(rows * groups, -1, query.shape[-1])
+    with torch.autocast("cpu", enabled=False), small_products():
+        scores = (query @ key.flatten(0, 1).mT).mul_(scale).view(rows, groups, -1, columns).add_(added)
+        mixed = torch.softmax(scores, dim=-1).flatten(0, 1) @ value.flatten(0, 1)
+    return mixed.view(rows, -1, 1, value.shape[-1])
 
 
 def plan_blocks(mask: Tensor | None, num_queries: int, num_columns: int, dtype: torch.dtype) -> list[Block]:

@@ -26,7 +26,7 @@ from qinglan.models.constraints import Constraint, forced_prefix, one_of, one_of
 from qinglan.models.engine import Engine, Request, Sample, decode_text
 from qinglan.models.kv_cache import SlotCache
 from qinglan.models.language_model import LanguageModel, max_context, vocabulary_size
-from qinglan.models.row_memory import RowMemory, make_row_memory, model_facts
+from qinglan.models.row_memory import RowMemory, dtype_of_keys, make_row_memory, model_facts
 from qinglan.models.sampling import SamplingConfig
 
 __all__ = [
@@ -176,7 +176,7 @@ def _memory_for(
 
     One more slot, for a prompt some of whose samples wait, is counted in where there may be such a prompt.
     """
-    dtype = None if lm.device.compute_dtype == torch.float32 else lm.device.compute_dtype
+    dtype = dtype_of_keys(lm)
     facts = model_facts(lm.model, lm.name, dtype)
     width = max(len(request.prompt) + len(request.prefix) for request in requests) + config.max_new_tokens
     # Logits, tempered logits, log-probabilities and probabilities in fp32, their sums in fp64: 24 bytes for each token

@@ -18,6 +18,7 @@ from weakref import WeakMethod, WeakSet
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -27,6 +28,9 @@ from qinglan.models.cuda_graph import Space
 from qinglan.models.decode_graphs import DecodeGraphs
 from qinglan.models.language_model import max_context
 from qinglan.models.trunk import is_written_out, trunk_states
+
+ROW_STEP = 16
+"""Decoding on a CPU: live rows are filled up to a multiple of it."""
 
 
 class AttentionPlan(NamedTuple):
@@ -92,7 +96,7 @@ class SlotLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, num_slots: int, capacity: int, dtype: torch.dtype | None) -> None:
+    def __init__(self, num_slots: int, capacity: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_slots = num_slots
         self.capacity = capacity
@@ -104,7 +108,7 @@ class SlotLayer(CacheLayerMixin):
         self.keys, self.values = (
             lazy_zeros(
                 (self.num_slots, states.shape[1], self.capacity, states.shape[3]),
-                self.dtype or states.dtype,
+                self.dtype,
                 states.device,
             )
             for states in (key_states, value_states)
@@ -160,7 +164,7 @@ class SlotCache(Cache):
         self, model: PreTrainedModel, plan: AttentionPlan, num_slots: int, capacity: int, dtype: torch.dtype | None
     ) -> None:
         """Make room for `num_slots` rows of up to `capacity` tokens; `dtype` None keeps the model's own."""
-        self.slot_layers = [SlotLayer(num_slots, capacity, dtype) for _ in range(plan.num_layers)]
+        self.slot_layers = [SlotLayer(num_slots, capacity, dtype or model.dtype) for _ in range(plan.num_layers)]
         super().__init__(layers=list(self.slot_layers))
         self.model = model
         self.plan = plan
@@ -215,7 +219,15 @@ class SlotCache(Cache):
         """
         if self.graphs is not None and tokens.shape[1] == 1:
             return self.graphs(tokens, positions, width)
-        return self._extend(tokens, positions, width)
+        if tokens.device.type != "cpu":
+            return self._extend(tokens, positions, width)
+        # Products are compiled for each shape, so shapes are kept few: rows are filled up. Those beyond the live ones
+        # write to free slots, though never to the last, where a prompt may be parked.
+        live = len(tokens)
+        filled_up = -(-live // ROW_STEP) * ROW_STEP
+        rows = filled_up if filled_up < self.slot_layers[0].num_slots else live
+        tokens, positions = (F.pad(one, (0, 0, 0, rows - live)) for one in (tokens, positions))
+        return self._extend(tokens, positions, width)[:live]
 
     def _extend(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
         distance = (positions[:, :, None] - torch.arange(width, device=positions.device))[:, None]

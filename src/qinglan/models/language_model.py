@@ -260,19 +260,23 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
     with_entropy: bool = True,
+    entropy_gradient: bool = True,
 ) -> TargetLogprobs:
     """Return log-probability and entropy of `targets` [N] given the hidden states [N, D] that predict them.
 
-    The other arguments are those of `target_logprobs`.
+    The other arguments are those of `target_logprobs`; without `entropy_gradient` the entropy is only measured.
     """
     if temperature <= 0:
         raise InputError(f"temperature: {temperature}; expected more than 0 to score tokens")
 
     def of_chunk(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        all_logprobs = F.log_softmax(vocabulary_logits(model, states) / temperature, dim=-1)
+        logits = vocabulary_logits(model, states)
+        all_logprobs = F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
         logprobs = all_logprobs.gather(-1, tokens[:, None])[:, 0]
         if not with_entropy:
             return logprobs, torch.full_like(logprobs, torch.nan)
+        if not entropy_gradient:
+            all_logprobs = all_logprobs.detach()
         return logprobs, -(all_logprobs.exp() * all_logprobs).sum(-1)  # H = -sum_v p_v log p_v
 
     if chunk_tokens is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from qinglan.core.errors import InputError
 from qinglan.core.records import Prompt
 from qinglan.models.language_model import LanguageModel, max_context, token_logprobs
-from qinglan.models.row_memory import MAX_FORWARD_TOKENS, RowMemory, make_row_memory, model_facts
+from qinglan.models.row_memory import MAX_FORWARD_TOKENS, RowMemory, dtype_of_keys, make_row_memory, model_facts
 
 
 class _Item(NamedTuple):
@@ -71,7 +71,7 @@ def option_logprobs(
         return found
     # The longest go first, so that rows of similar length stand together; the options of a prompt stay together.
     items.sort(key=lambda item: (-len(prompts[item.prompt]), item.prompt))
-    dtype = None if lm.device.compute_dtype == torch.float32 else lm.device.compute_dtype
+    dtype = dtype_of_keys(lm)
     with torch.no_grad(), lm.device.autocast():
         facts = model_facts(lm.model, lm.name, dtype)
         longest = max(len(item.token_ids) for item in items)

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from qinglan.models.kv_cache import AttentionPlan, SlotCache, attention_plan
-from qinglan.models.language_model import vocabulary_logits
+from qinglan.models.language_model import LanguageModel, vocabulary_logits
 
 MAX_FORWARD_TOKENS = 8192
 """Tokens in one forward pass of `TokenMemory`."""
@@ -87,6 +87,14 @@ class TokenMemory:
             self.slots[target] = list(self.slots[source])
 
 
+def dtype_of_keys(lm: LanguageModel) -> torch.dtype | None:
+    """Return in which precision keys and values are kept, None for the model's own.
+
+    On a CPU always the model's own: its bf16 products are compiled for each shape, and a step of decoding has many.
+    """
+    return None if lm.device.torch_device.type == "cpu" or lm.device.compute_dtype == torch.float32 else torch.bfloat16
+
+
 class ModelFacts(NamedTuple):
     """What the sampler must know about a model."""
 
@@ -144,7 +152,7 @@ def _try_slots(model: PreTrainedModel, plan: AttentionPlan, dtype: torch.dtype |
             logits.append(vocabulary_logits(model, memory.extend(last[:, None], positions[:, None], 5)[:, 0]))
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         return f"its attention takes no cache by slots ({type(error).__name__}: {error})", 1
-    tolerance = 1e-3 if cache.mask_dtype == torch.float32 else 5e-2
+    tolerance = 5e-2 if torch.is_autocast_enabled(model.device.type) else 1e-3
     if (logits[0] - logits[1]).abs().max() > tolerance * logits[1].abs().max():
         return "with a cache by slots its logits change (an unknown kind of attention or of positions)", 1
     return "", cache.values_per_token()
