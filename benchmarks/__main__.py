@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from benchmarks.harness import DTYPES, ROOT, case_of, compare, compare_with_defaults, report, tune
+from benchmarks.harness import DTYPES, ROOT, case_of, compare, compare_otherwise, report, tune, tuned_options
 from benchmarks.peers import python_of_this_environment, python_with_old_trl
 from benchmarks.workloads import SETTINGS, prepare
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("jobs", nargs="*", metavar="JOB", help=f"of {', '.join(JOBS + ALONE)}; default: all")
     parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=SETTINGS)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="of both sides' matrix products")
-    parser.add_argument("--defaults", type=int, default=2, help="slices against the peer in its defaults; 0: none")
+    parser.add_argument("--others", type=int, default=2, help="slices against the peer set otherwise; 0: none")
     parser.add_argument("--pairs", type=int, default=6, help="slices of each side, by turns")
     modes = {
         "always": "try every setting",
@@ -55,14 +55,14 @@ def main() -> None:
                 if chosen.tune == "only":
                     continue
                 one = compare(*case, chosen.pairs, partial(python_of, job))
-                if (
-                    chosen.defaults
-                    and setting == "llama"
-                    and hasattr(importlib.import_module(f"benchmarks.{job}"), "PEER_DEFAULTS")
-                ):
-                    one["ratio_to_peer_defaults"] = compare_with_defaults(
-                        *case, chosen.defaults, partial(python_of, job)
-                    )
+                if chosen.others and setting == "llama":
+                    otherwise = partial(compare_otherwise, *case, chosen.others, partial(python_of, job))
+                    defaults = getattr(importlib.import_module(f"benchmarks.{job}"), "PEER_DEFAULTS", None)
+                    if defaults is not None:
+                        one["ratio_to_peer_defaults"] = otherwise(defaults)
+                    if dtype == "float32":
+                        best = tuned_options(job, setting, dtype)["peer"]["best"]
+                        one["ratio_to_peer_with_onednn"] = otherwise(best | {"onednn": True})
                 found[case_of(setting, dtype)] = one
         if found:
             report(job, found)

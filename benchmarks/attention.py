@@ -1,4 +1,4 @@
-"""Attention, forward and backward, of rows from 82 to 1,024 tokens: PyTorch's fused kernel against `bf16_attention`.
+"""Attention, forward and backward, of rows from 82 to 1,024 tokens: PyTorch's fused kernel against `block_attention`.
 
 8 heads of 32 units, 1,024 to 2,000 tokens in all; the least CPU milliseconds of several runs, since neighbours on the
 machine only add to it.
@@ -30,14 +30,17 @@ def main() -> None:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    from qinglan.models.attention import bf16_attention
+    from qinglan.core.device import Device
+    from qinglan.models.attention import block_attention, plan_blocks
 
     torch.set_num_threads(1)
+    Device.detect("cpu", "float32")
     rows = []
     for num_rows, num_tokens in SHAPES:
         row: dict[str, Any] = {"rows": num_rows, "tokens": num_tokens}
         for name, dtype in (
             ("fused_fp32", torch.float32),
+            ("ours_fp32", torch.float32),
             ("fused_bf16", torch.bfloat16),
             ("ours_bf16", torch.bfloat16),
         ):
@@ -46,9 +49,10 @@ def main() -> None:
             query, key, value, gradient = (torch.randn(shape, dtype=dtype).transpose(1, 2) for _ in range(4))
             leaves = [part.requires_grad_() for part in (query, key, value)]
 
-            def run(leaves: Any = leaves, gradient: Any = gradient, is_ours: bool = name == "ours_bf16") -> None:
+            def run(leaves: Any = leaves, gradient: Any = gradient, is_ours: bool = name.startswith("ours")) -> None:
                 if is_ours:
-                    output = bf16_attention(*leaves, None, UNITS**-0.5)
+                    blocks = plan_blocks(None, leaves[0].shape[2], leaves[0].shape[2], leaves[0].dtype)
+                    output = block_attention(*leaves, blocks, UNITS**-0.5)
                 else:
                     output = scaled_dot_product_attention(*leaves, is_causal=True)
                 output.backward(gradient)

@@ -201,15 +201,21 @@ def compare(
     }
 
 
-def compare_with_defaults(
-    job: str, setting: str, dtype: str, folder: Path, pairs: int, python_of: Callable[[str], str]
+def compare_otherwise(
+    job: str,
+    setting: str,
+    dtype: str,
+    folder: Path,
+    pairs: int,
+    python_of: Callable[[str], str],
+    peer_options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Run both sides by turns, the peer in its documented defaults; return what is written about that."""
-    module = importlib.import_module(f"benchmarks.{job}")
+    """Run both sides by turns, the peer with other options than those compared; return what is written about that."""
     ours = tuned_options(job, setting, dtype)["ours"]["best"] | {"dtype": dtype}
-    theirs = module.PEER_DEFAULTS | {"dtype": dtype}
+    theirs = peer_options | {"dtype": dtype}
     sides = [Side(job, "ours", folder, ours, python_of("ours")), Side(job, "peer", folder, theirs, python_of("peer"))]
-    sides[0].run()  # warm-up of ours alone: a slice of the other is long, and its first is not slower
+    for side in sides:  # warm-up
+        side.run()
     slices = [[side.run() for side in sides] for _ in range(pairs)]
     for side in sides:
         side.end()
@@ -243,7 +249,7 @@ def report(job: str, by_setting: dict[str, dict[str, Any]]) -> None:
     head |= {"ours": first["ours"]["median"], "peer": first["peer"]["median"], "unit": module.UNIT}
     settings = {"peer": module.PEER_NAME, "must_reach": module.MUST_REACH, "aim": module.AIM, **machine()}
     settings |= first.get("settings", {"model": "llama", "dtype": "float32"})
-    for name in ("cpu_ratio", "ratio_to_peer_defaults"):
+    for name in ("cpu_ratio", "ratio_to_peer_defaults", "ratio_to_peer_with_onednn"):
         head |= {name: first[name]} if name in first else {}
     write(path, head | {"settings": settings, "by_setting": every})
     for setting, found in by_setting.items():

@@ -110,13 +110,17 @@ def main() -> None:
     """Measure and write results/limits.json."""
     import torch
 
+    from qinglan.core.device import small_products
+
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+    with small_products():  # MKL, PyTorch's default
+        mkl = matrix_product_rate(torch.float32)
     lm = random_llama(NUM_LAYERS, HIDDEN, VOCABULARY)
     fp32, bf16, copying = matrix_product_rate(torch.float32), matrix_product_rate(torch.bfloat16), copy_rate()
     trained = training(lm)
     decoded = [decoding(lm, rows) for rows in (8, 64, 512)]
     found = {
-        "limits": {"fp32_flops": fp32, "bf16_flops": bf16, "copied_bytes": copying},
+        "limits": {"fp32_flops": fp32, "fp32_mkl_flops": mkl, "bf16_flops": bf16, "copied_bytes": copying},
         "training": trained | {"share_of_fp32": share(trained["flops"], fp32)},
         "decoding": [
             one | {"share_of_copying": share(one["bytes"], copying), "share_of_fp32": share(one["flops"], fp32)}

@@ -22,10 +22,12 @@ OURS: dict[str, list[dict[str, Any]]] = {
         {"max_tokens": 2048, "value_model": "shared_trunk", "differs": "the value is a head on the policy's trunk"},
     ],
     "mini": [{"max_tokens": 8192}],
+    "base": [{"max_tokens": 8192}],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
     "llama": [{"forward": 32}, {"forward": 8}],
     "mini": [{"forward": 32}],
+    "base": [{"forward": 32}],
 }
 
 

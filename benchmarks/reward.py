@@ -20,10 +20,12 @@ OURS = {
         {"max_tokens": 8192, "num_prompts": 16},
     ],
     "mini": [{"max_tokens": 2048, "num_prompts": 16}],
+    "base": [{"max_tokens": 2048, "num_prompts": 4}],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
     "llama": [{"batch": size} for size in (4, 12, 36)] + [{"batch": 12, "by_length": True}],
     "mini": [{"batch": 12, "by_length": True}],
+    "base": [{"batch": 12, "by_length": True}],
 }
 
 

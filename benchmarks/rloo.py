@@ -12,17 +12,17 @@ UNIT = "episodes per second"
 PEER_NAME = "TRL 1.16 RLOOTrainer"
 MUST_REACH, AIM = 2.5, 4.0
 EPISODES, STEP_EPISODES, K, NEW_TOKENS = 64, 64, 4, 64
+ITERATIONS = {"llama": 4, "mini": 1, "base": 1}
+"""Of one slice, on both sides."""
 OURS: dict[str, list[dict[str, Any]]] = {
-    "llama": [
-        {"max_tokens": 1024},
-        {"max_tokens": 2048, "memory": "15% more than the peer"},
-        {"max_tokens": 8192, "memory": "more than the peer"},
-    ],
+    "llama": [{"max_tokens": 1024}, {"max_tokens": 2048}, {"max_tokens": 8192}],
     "mini": [{"max_tokens": 2048}],
+    "base": [{"max_tokens": 2048}],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
     "llama": [{"batch": 16}, {"batch": 64}, {"batch": 64, "continuous": True}],
     "mini": [{"batch": 16}],
+    "base": [{"batch": 16}],
 }
 PEER_DEFAULTS: dict[str, Any] = {"batch": 8, "gradient_checkpointing": True}
 """Of `RLOOConfig`."""
@@ -41,7 +41,7 @@ def ours(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
 
     policy, reference = load(work, options["dtype"]), load(work, options["dtype"])
     prompts = [prompt_record(number, text) for number, text in enumerate(work.data["short_prompts"])]
-    num_iterations = 2
+    num_iterations = ITERATIONS[work.setting]
     config = PPOConfig(
         estimator="rloo",
         num_iterations=num_iterations,
@@ -72,7 +72,7 @@ def ours(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
 
 
 def peer(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], float]]:
-    """Return slices of `RLOOTrainer.train`: one rollout."""
+    """Return slices of `RLOOTrainer.train`."""
     from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
 
@@ -80,7 +80,7 @@ def peer(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
 
     tokenizer = tokenizer_of(work)
     dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": t}]} for t in work.data["short_prompts"]])
-    num_iterations = 1
+    num_iterations = ITERATIONS[work.setting]
     args = arguments(
         per_device_train_batch_size=options["batch"],
         gradient_accumulation_steps=STEP_EPISODES // options["batch"],

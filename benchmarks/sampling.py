@@ -15,17 +15,19 @@ PEER_NAME = "transformers generate"
 MUST_REACH, AIM = 3.0, 5.0
 NUM_SAMPLES = 8
 OURS: dict[str, list[dict[str, Any]]] = {
-    "llama": [{"max_rows": 512}, {"max_rows": 128}],
+    "llama": [{"max_rows": 512, "memory": "twice the peer's"}, {"max_rows": 128}, {"max_rows": 64}],
     "mini": [{"max_rows": 128}, {"max_rows": 512, "memory": "more than the peer"}],
+    "base": [{"max_rows": 128}],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
     "llama": [
         {"prompts": 16},
         {"prompts": 8},
         {"prompts": 2},
-        {"continuous": True},
+        {"continuous": True, "memory": "14 GiB"},
     ],
     "mini": [{"prompts": 16}],
+    "base": [{"prompts": 16}],
 }
 
 

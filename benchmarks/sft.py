@@ -12,10 +12,11 @@ UNIT = "tokens per second"
 PEER_NAME = "TRL 1.16 SFTTrainer, packing or not"
 MUST_REACH, AIM = 2.5, 4.0
 STEP_SEQUENCES = 32
-BLOCK = {"llama": 1024, "mini": 256}
+BLOCK = {"llama": 1024, "mini": 256, "base": 256}
 OURS: dict[str, list[dict[str, Any]]] = {
     "llama": [{"pack": pack, "max_tokens": tokens} for pack in (True, False) for tokens in (1024, 4096)],
     "mini": [{"pack": False, "max_tokens": 1024}],
+    "base": [{"pack": False, "max_tokens": 1024}],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
     "llama": [
@@ -26,10 +27,11 @@ PEER: dict[str, list[dict[str, Any]]] = {
         {"batch": 4, "by_length": True},
     ],
     "mini": [{"batch": 8, "by_length": True}],
+    "base": [{"batch": 8, "by_length": True}],
 }
 PEER_DEFAULTS: dict[str, Any] = {"packing": "bfd", "batch": 8, "gradient_checkpointing": True}
 """Packing as the documentation has it, `per_device_train_batch_size` and `gradient_checkpointing` of `SFTConfig`."""
-NUM_CHATS = {"llama": 32, "mini": 192}
+NUM_CHATS = {"llama": 64, "mini": 192, "base": 64}
 
 
 def ours(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], float]]:

@@ -1,7 +1,8 @@
 """Models and data that both sides of a benchmark read from one folder, as token ids and as text.
 
-Two settings: `llama`, 4 layers of 256 units with random weights and a vocabulary of 1,024, where one word is one token;
-and `mini`, the largest built-in base model. Text is made of single-token words of the tokenizer at hand.
+Three settings: `llama`, 4 layers of 256 units with random weights and a vocabulary of 1,024, where one word is one
+token; and `mini` and `base`, built-in base models of 2.2 and 18.6 million parameters.
+Text is made of single-token words of the tokenizer at hand.
 
 This file runs in the peers' environments too, so that whatever needs Qinglan is imported where it is used.
 """
@@ -12,7 +13,8 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SETTINGS = ("llama", "mini")
+SETTINGS = ("llama", "mini", "base")
+BUILT_IN = ("mini", "base")
 NUM_LETTER_WORDS = 676
 TEMPLATE = (
     "{% for message in messages %}{{ '<|' ~ message.role ~ '|> ' ~ (message.content | trim) }}"
