@@ -1,17 +1,19 @@
-"""The written-out trunk against transformers' own forward pass: states, gradients, and the places that are asked for."""
+"""The written-out trunk against transformers' forward pass: states, gradients, and the places that are asked for."""
 
 import copy
 
 import pytest
 import torch
 from conftest import make_sequences, make_tiny_lm
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from qinglan.learn.dropout import residual_dropout
 from qinglan.models.adapters import LoRAConfig, trainable_copy
+from qinglan.models.directory import prepare
 from qinglan.models.language_model import hidden_states, save_language_model, target_states
 from qinglan.models.prompt_sharing import PromptTree, make_tree_batch, tree_states
-from qinglan.models.tokens import TokenBatch, collate
-from qinglan.models.trunk import _RMSNorm, _Rotate, is_written_out, trunk_states
+from qinglan.models.tokens import TokenBatch, TokenSequence, collate
+from qinglan.models.trunk import _RMSNorm, _Rotate, filled_up, is_written_out, trunk_states
 
 WRITTEN_OUT = ("llama", "qwen2", "qwen3")
 LAYOUTS = ([[0], [1], [2], [3], [4], [5]], [[3, 4, 1], [2, 0, 5]])  # one sequence a row; packed
@@ -67,7 +69,7 @@ def test_the_last_layer_is_worked_out_where_a_state_is_asked_for_and_nowhere_els
     batch = collate(make_sequences(lm))
     num_targets, num_columns = int(batch.target_mask.sum()), batch.input_ids.numel()
     target_states(lm.model, batch)
-    assert sizes == [num_columns] * (len(sizes) - 1) + [num_targets] and num_targets < num_columns
+    assert sizes == [num_columns] * (len(sizes) - 1) + [filled_up(num_targets)] and sizes[-1] < num_columns
 
 
 def test_a_tree_of_completions_has_the_states_of_transformers():
@@ -128,12 +130,53 @@ def test_adapters_are_called_as_they_are(tmp_path):
     model = trainable_copy(lm.model, LoRAConfig(rank=2), seed=0)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
-            parameter.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
     assert is_written_out(model)
     batch = collate(make_sequences(lm))
     found, expected = (run[batch.real_mask] for run in (hidden_states(model, batch), theirs(model, batch)))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert_close(gradients(model, found), gradients(model, expected))
+
+
+def test_sizes_are_filled_up_to_few():
+    assert [filled_up(n) for n in (0, 1, 31, 32, 33, 82, 143, 1003)] == [0, 1, 31, 32, 34, 84, 144, 1024]
+    assert len({filled_up(n) for n in range(32, 1025)}) == 5 * 16 + 1
+    assert all(n <= filled_up(n) < n * 17 / 16 for n in range(1, 3000))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_that_are_filled_up_have_the_states_and_gradients_of_transformers(packed):
+    lm = make_tiny_lm("qwen3")
+    ids = [[(7 * i + n) % 50 for i in range(n)] for n in (35, 33, 41)]
+    batch = collate([TokenSequence(one, 5) for one in ids], [[0, 1], [2]] if packed else None)
+    places, columns = batch.target_mask.nonzero(as_tuple=True)
+    found, expected = target_states(lm.model, batch), theirs(lm.model, batch)[places, columns - 1]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert_close(gradients(lm.model, found), gradients(lm.model, expected))
+
+
+def test_windowless_mistral_and_biases_are_known():
+    for make in (
+        lambda: MistralConfig(sliding_window=None, **SMALL),
+        lambda: LlamaConfig(attention_bias=True, mlp_bias=True, **SMALL),
+        lambda: LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}, **SMALL),
+    ):
+        torch.manual_seed(0)
+        model = prepare(AutoModelForCausalLM.from_config(make()))
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data.normal_(1.0, 0.1)
+        assert is_written_out(model)
+        batch = collate([TokenSequence([5, 6, 7, 8], 1), TokenSequence([9, 10], 1)])
+        found, expected = (run(model, batch)[batch.real_mask] for run in (hidden_states, theirs))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2} | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": None,
+}
 
 
 def test_no_place_and_every_place():

@@ -58,24 +58,27 @@ def choose_products() -> None:
     which oneDNN takes on processors with AMX alone: a product is tried, and the switch taken back if it is rounded.
     """
     products = _products()
-    if not (_is_amd() and torch.backends.cpu.get_cpu_capability() == "AVX512") or products.fp32_precision == "bf16":
+    before = products.fp32_precision
+    if not (_is_amd() and torch.backends.cpu.get_cpu_capability() == "AVX512") or before == "bf16":
         return
     products.fp32_precision = "bf16"
     numbers = torch.arange(64.0 * 64).view(64, 64).sin()  # in (-1, 1): fp32 is off by 1e-6, bf16 by 1e-2
     if (numbers @ numbers - (numbers.double() @ numbers.double()).float()).abs().max() > 1e-4:
-        products.fp32_precision = "none"
+        products.fp32_precision = before
 
 
 @contextlib.contextmanager
 def small_products() -> Iterator[None]:
     """Return the context for products of very small matrices, which MKL starts faster than oneDNN."""
     products = _products()
-    before = products.fp32_precision
+    if products.fp32_precision != "bf16":
+        yield
+        return
     products.fp32_precision = "none"
     try:
         yield
     finally:
-        products.fp32_precision = before
+        products.fp32_precision = "bf16"
 
 
 def _products() -> Any:

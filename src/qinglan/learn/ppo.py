@@ -48,7 +48,7 @@ from qinglan.learn.optimize import (
 )
 from qinglan.learn.ppo_config import PPOConfig
 from qinglan.learn.ppo_metrics import rollout_metrics, score_metrics
-from qinglan.learn.ppo_update import Learners, Targets, make_learners, update
+from qinglan.learn.ppo_update import Learners, Targets, knows_old_logprobs, make_learners, update
 from qinglan.learn.rollout import (
     Rollout,
     StateValues,
@@ -334,16 +334,17 @@ def _settle_old_logprobs(
 
     The sampler's serve in fp32, after a check of all tokens of the first rollout (later ones: of the first minibatch,
     for nothing). bf16 rounds a cached decoding step and a full pass differently, so there they are computed again,
-    unless the rollout serves one update only, which knows them itself (`accumulate_gradients`).
+    unless the update knows them itself (`knows_old_logprobs`); the KL is then measured with the sampler's.
     """
     dtype = policy.device.compute_dtype
-    many_updates = config.updates_per_iteration > 1
-    must_recompute = config.old_logprobs == "recompute" or (dtype != torch.float32 and many_updates)
+    rounds_differently = dtype != torch.float32 and not knows_old_logprobs(policy, config)
+    must_recompute = config.old_logprobs == "recompute" or rounds_differently
     if not must_recompute and iteration > 0:
         return rollout
     again = rollout_logprobs(policy, rollout, config.sampling.temperature, config.max_tokens)
     if must_recompute:
         return rollout._replace(logprobs=again)
     mask = rollout.completion_mask
-    check_ratio(*ratio_errors(again[mask], rollout.logprobs[mask]), dtype, where)
+    worst, mean = ratio_errors(again[mask], rollout.logprobs[mask])
+    check_ratio(worst if dtype == torch.float32 else mean, mean, dtype, where)
     return rollout

@@ -93,7 +93,8 @@ class PPOConfig(Config):
     ema_decay: float = Field(default=0.992, ge=0, lt=1)
     """Decay of the average per optimizer step (InstructGPT: 0.992); read where `returned` is "ema"."""
     old_logprobs: Literal["sampler", "recompute"] = "sampler"
-    """Take old log-probabilities from the sampler, or recompute them, as is always done with bf16 matmuls."""
+    """Take old log-probabilities from the sampler, or recompute them. With bf16 matmuls they are always recomputed,
+    but where a rollout serves one update, whose ratio then is exactly 1."""
     max_tokens: int = Field(default=8192, ge=1)
     """Tokens in one forward pass, padding included. Changes speed and memory, never the gradient."""
     pack: bool = False

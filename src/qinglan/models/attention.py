@@ -10,11 +10,13 @@ Letters: B rows, H heads, Q queries, T columns, D units of a head.
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -25,8 +27,10 @@ NAME = "qinglan"
 """Our entry in `transformers`' table of attention functions."""
 QUERY_BLOCK = 128
 """Queries in one product: a block of a causal row sees no further than its own end, which saves up to half."""
-MAX_COLUMNS = 2048
-"""Longer rows go to the fused kernel: the weights that are kept would take more than 4 MiB a head."""
+COLUMN_STEP = 32
+"""Columns of a block begin and end at multiples of it, since products are compiled for each size."""
+MAX_WEIGHTS_BYTES = 2**27
+"""Beyond it a layer goes to the fused kernel: all weights are kept for the backward pass (of a causal mask, half)."""
 UNSUPPORTED = ("softcap", "position_bias", "cache")
 """Extras of single architectures that are left to `sdpa`."""
 
@@ -63,11 +67,15 @@ def attention(
 ) -> tuple[Float[Tensor, "B Q H D"], None]:
     """Return what `transformers`' attention functions return; G heads of keys serve H heads of queries."""
     num_queries, num_columns = query.shape[2], key.shape[2]
-    is_plain = dropout == 0 and all(others.get(name) is None for name in UNSUPPORTED)
-    decodes = num_queries == 1 and attention_mask is not None and attention_mask.dtype != torch.bool
-    if not (is_plain and query.device.type == "cpu" and (decodes or pays(num_queries, num_columns))):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
     dtype = product_dtype(query)
+    is_causal = others.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    is_plain = dropout == 0 and all(others.get(name) is None for name in UNSUPPORTED)
+    is_known = is_plain and query.device.type == "cpu" and (attention_mask is not None or is_causal)
+    decodes = num_queries == 1 and attention_mask is not None and attention_mask.dtype != torch.bool
+    decodes = decodes and attention_mask is not None and attention_mask.shape[1] == 1
+    if not (is_known and (decodes or pays(query.shape[:3], num_columns, dtype))):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if decodes:
         assert attention_mask is not None
@@ -83,9 +91,9 @@ def product_dtype(states: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else states.dtype
 
 
-def pays(num_queries: int, num_columns: int) -> bool:
-    """Return True for lengths at which blocks are the faster way."""
-    return num_queries > 1 and num_columns <= MAX_COLUMNS
+def pays(shape: Sequence[int], num_columns: int, dtype: torch.dtype) -> bool:
+    """Return True where blocks are the faster way, for queries of `shape` [B, H, Q], and take no more than they may."""
+    return shape[2] > 1 and prod(shape) * num_columns * dtype.itemsize <= MAX_WEIGHTS_BYTES
 
 
 def block_attention(
@@ -142,7 +150,7 @@ def plan_blocks(mask: Tensor | None, num_queries: int, num_columns: int, dtype: 
 
 
 def seen_columns(mask: Tensor, num_columns: int) -> tuple[int, int]:
-    """Return the first column that some query of a block sees, and the one behind the last.
+    """Return the first column that some query of a block sees, and the one behind the last, to the next full step.
 
     Behind the block, and in the packed sequences before its own, no query sees anything.
     """
@@ -151,11 +159,14 @@ def seen_columns(mask: Tensor, num_columns: int) -> tuple[int, int]:
         return 0, num_columns
     is_seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
     columns = is_seen.flatten(0, 2).any(0).nonzero()[:, 0]
-    return (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, num_columns)
+    if len(columns) == 0:
+        return 0, num_columns
+    first, last = int(columns[0]), int(columns[-1]) + 1
+    return first // COLUMN_STEP * COLUMN_STEP, min(num_columns, -(-last // COLUMN_STEP) * COLUMN_STEP)
 
 
 class _Blocks(torch.autograd.Function):
-    """Attention by blocks of queries. What is kept for the backward pass are the weights."""
+    """Attention by blocks of queries. What is kept for the backward pass are the inputs and the weights."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], scale: float) -> Tensor:
@@ -165,24 +176,27 @@ class _Blocks(torch.autograd.Function):
         output = query.new_empty(*query.shape[:2], value.shape[-1])
         for start, end, first, last, added in blocks:
             # alpha Q K^T + mask in one product; the softmax in fp32 is the faster one too
-            added = added[0] if added.shape[0] == 1 else added.expand(-1, heads, -1, -1).flatten(0, 1)
-            bias = added.expand(rows * heads, -1, -1)
+            is_one = added.shape[:2] == (1, 1)
+            bias = added[0].expand(rows * heads, -1, -1) if is_one else added.expand(rows, heads, -1, -1).flatten(0, 1)
             scores = torch.baddbmm(bias, query[:, start:end], columns[:, :, first:last], alpha=scale)
             exact = torch.promote_types(query.dtype, torch.float32)
-            weights.append(torch.softmax(scores, dim=-1, dtype=exact).to(query.dtype))
-            output[:, start:end] = torch.bmm(weights[-1], value[:, first:last])
+            seen = torch.softmax(scores, dim=-1, dtype=exact).to(query.dtype)
+            output[:, start:end] = torch.bmm(seen, value[:, first:last])
+            if any(ctx.needs_input_grad):
+                weights.append(seen)
         ctx.save_for_backward(query, key, value, *weights)
-        ctx.blocks, ctx.scale, ctx.outer = blocks, scale, (rows, heads)
+        ctx.spans, ctx.scale, ctx.outer = [block[:4] for block in blocks], scale, (rows, heads)
         return output.unflatten(0, ctx.outer)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # dS = P (dP - sum_t P dP), with P the weights and dP = dO V^T
         query, key, value, *weights = ctx.saved_tensors
         gradient = gradient.flatten(0, 1)
         to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         columns = value.mT.contiguous()
-        for (start, end, first, last, _), seen in zip(ctx.blocks, weights, strict=True):
+        for (start, end, first, last), seen in zip(ctx.spans, weights, strict=True):
             to_output = gradient[:, start:end]
             to_weights = torch.bmm(to_output, columns[:, :, first:last])
             scores = torch._softmax_backward_data(to_weights, seen, -1, seen.dtype)

@@ -32,7 +32,7 @@ from qinglan.models.adapters import LoRAConfig, adapter_of, load_model, save_ada
 from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
 from qinglan.models.directory import MAX_FILE_SIZE, load_tokenizer, save_weights, write_model_directory
 from qinglan.models.tokens import SequenceRow, TokenBatch, TokenSequence, collate, padded_batches
-from qinglan.models.trunk import is_written_out, trunk_states
+from qinglan.models.trunk import is_written_out, states_of_batch
 
 __all__ = [
     "LanguageModel",
@@ -200,10 +200,10 @@ def _run_trunk(model: PreTrainedModel, batch: TokenBatch, places: Tensor | None)
         position_ids = position_ids.clamp(max=context - 1)
     input_ids, position_ids = batch.input_ids.to(model.device), position_ids.to(model.device)
     if is_written_out(model):
-        return trunk_states(model, input_ids, position_ids, places=places)
+        return states_of_batch(model, input_ids, position_ids, places=places)
     # use_cache=False and no attention_mask: only then does transformers look for packed sequences (masking_utils).
     states = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-    return states if places is None else states.flatten(0, 1)[places]
+    return states if places is None else states.flatten(0, 1).index_select(0, places)
 
 
 def vocabulary_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

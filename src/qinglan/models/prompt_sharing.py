@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from qinglan.models import attention
 from qinglan.models.language_model import token_logprobs
-from qinglan.models.trunk import is_written_out, trunk_states
+from qinglan.models.trunk import is_written_out, states_of_batch
 
 ARCHITECTURES = frozenset({"gemma", "gpt2", "llama", "mistral", "qwen2", "qwen3"})
 """Values of `config.model_type` for which the tests show that a tree row equals separate rows."""
@@ -108,14 +108,14 @@ def tree_states(
     """Return the trunk's last hidden states at some places; gradients flow."""
     places = rows * batch.input_ids.shape[1] + columns
     if is_written_out(model):
-        return trunk_states(model, batch.input_ids, batch.position_ids, batch.may_attend, places=places)
+        return states_of_batch(model, batch.input_ids, batch.position_ids, batch.may_attend, places)
     output = model.base_model(
         input_ids=batch.input_ids,
         attention_mask=batch.may_attend,
         position_ids=batch.position_ids,
         use_cache=False,
     )
-    return output.last_hidden_state.flatten(0, 1)[places]
+    return output.last_hidden_state.flatten(0, 1).index_select(0, places)
 
 
 def tree_end_states(model: PreTrainedModel, batch: TreeBatch) -> Float[Tensor, "S D"]:

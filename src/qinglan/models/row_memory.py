@@ -152,7 +152,8 @@ def _try_slots(model: PreTrainedModel, plan: AttentionPlan, dtype: torch.dtype |
             logits.append(vocabulary_logits(model, memory.extend(last[:, None], positions[:, None], 5)[:, 0]))
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         return f"its attention takes no cache by slots ({type(error).__name__}: {error})", 1
-    tolerance = 5e-2 if torch.is_autocast_enabled(model.device.type) else 1e-3
+    is_exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
+    tolerance = 1e-3 if is_exact else 5e-2
     if (logits[0] - logits[1]).abs().max() > tolerance * logits[1].abs().max():
         return "with a cache by slots its logits change (an unknown kind of attention or of positions)", 1
     return "", cache.values_per_token()

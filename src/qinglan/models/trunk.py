@@ -14,11 +14,14 @@ The modules stay `transformers`' own and are called as they are, adapters includ
 Letters: B rows, T columns, H heads, K units of a head, D hidden units, M places whose states are asked for.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -29,7 +32,10 @@ ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
 def is_written_out(model: PreTrainedModel) -> bool:
-    """Return True if `trunk_states` runs this model: a known decoder on a CPU, without windows, hooks or compiling."""
+    """Return True if `trunk_states` runs this model: a known decoder on a CPU, without windows or compiling.
+
+    Nor may a hook wait on trunk, layers, attention or norms, which are not called as modules (linear layers are).
+    """
     config = model.config
     trunk: Any = model.base_model
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
@@ -41,8 +47,14 @@ def is_written_out(model: PreTrainedModel) -> bool:
         and set(kinds) == {"full_attention"}
         and not has_window
         and "forward" not in vars(trunk)  # compiled
-        and not any(layer.self_attn._forward_hooks for layer in trunk.layers)  # dropout
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in _parts(trunk))
     )
+
+
+def _parts(trunk: Any) -> Iterator[torch.nn.Module]:
+    yield from (trunk, trunk.norm)
+    for layer in trunk.layers:
+        yield from (layer, layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm)
 
 
 def trunk_states(
@@ -70,10 +82,12 @@ def trunk_states(
     dtype, length = attention.product_dtype(states), input_ids.shape[1]
     if mask is None and cache is None:
         mask = packed_mask(position_ids)
-    in_blocks = cache is None and attention.pays(length, length)
+    shape = (len(input_ids), model.config.num_attention_heads, length)
+    in_blocks = cache is None and attention.pays(shape, length, dtype)
     blocks = attention.plan_blocks(mask, length, length, dtype) if in_blocks else None
-    saves_work = places is not None and len(places) < input_ids.numel()
-    for index, layer in enumerate(trunk.layers):
+    early = places if places is not None and len(places) < input_ids.numel() else None
+    layers = trunk.layers[: model.config.num_hidden_layers]
+    for index, layer in enumerate(layers):
         block = layer.self_attn
         query, key, value = _heads(block, normalize(layer.input_layernorm, states, dtype), rotation)
         if blocks is not None:
@@ -83,12 +97,45 @@ def trunk_states(
                 key, value = cache.update(key, value, index)
             mixed, _ = attention.attention(block, query, key, value, mask, scaling=block.scaling)
         mixed = mixed.flatten(2)
-        if saves_work and index == len(trunk.layers) - 1:
-            states, mixed = states.flatten(0, 1)[places], mixed.flatten(0, 1)[places]
+        if early is not None and index == len(layers) - 1:
+            states, mixed = (part.flatten(0, 1).index_select(0, early) for part in (states, mixed))
         states = states + block.o_proj(mixed)
         states = states + layer.mlp(normalize(layer.post_attention_layernorm, states, dtype))
     states = normalize(trunk.norm, states, states.dtype)
-    return states if places is None or saves_work else states.flatten(0, 1)[places]
+    return states if places is None or early is not None else states.flatten(0, 1).index_select(0, places)
+
+
+def states_of_batch(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "B T"],
+    position_ids: Int[Tensor, "B T"],
+    mask: Bool[Tensor, "B 1 T T"] | None = None,
+    places: Int[Tensor, " M"] | None = None,
+) -> Float[Tensor, "B T D"] | Float[Tensor, "M D"]:
+    """Return `trunk_states` of whole texts, columns and places filled up so that few different sizes occur.
+
+    Products are compiled for each size, which takes longer than a small one takes to run, and odd sizes run slower.
+    """
+    num_columns, context = input_ids.shape[1], getattr(model.config, "max_position_embeddings", None)
+    width = filled_up(num_columns)
+    if width > (context or width):
+        width = num_columns
+    more = width - num_columns
+    input_ids = F.pad(input_ids, (0, more))
+    # They count on, so that they do not look like one more sequence.
+    position_ids = torch.cat([position_ids, position_ids[:, -1:] + torch.arange(1, more + 1)], dim=1)
+    mask = None if mask is None else F.pad(mask, (0, more, 0, more))
+    if places is None:
+        return trunk_states(model, input_ids, position_ids, mask)[:, :num_columns]
+    moved = places // num_columns * width + places % num_columns
+    moved = F.pad(moved, (0, min(filled_up(len(places)), input_ids.numel()) - len(places)))
+    return trunk_states(model, input_ids, position_ids, mask, places=moved)[: len(places)]
+
+
+def filled_up(number: int) -> int:
+    """Return the next number that has at most five binary digits and zeros behind them; it is less than 1/16 more."""
+    step = 1 << max(0, number.bit_length() - 5)
+    return -(-number // step) * step
 
 
 def packed_mask(position_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"] | None:
@@ -127,6 +174,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * scale).mul_(weight).to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # With n = x r:  dw = sum g n,  dx = r (g w - n mean(g w n))
         x, weight, scale = ctx.saved_tensors
@@ -134,7 +182,7 @@ class _RMSNorm(torch.autograd.Function):
         product = (gradient * normed).flatten(0, -2)
         mean = torch.mv(product, weight).div_(x.shape[-1]).view(scale.shape)
         to_x = (gradient * weight).addcmul_(normed, mean, value=-1).mul_(scale)
-        return to_x, product.sum(0), None, None
+        return to_x, product.sum(0) if ctx.needs_input_grad[1] else None, None, None
 
 
 class _Rotate(torch.autograd.Function):
@@ -149,6 +197,7 @@ class _Rotate(torch.autograd.Function):
         return _rotated(x.transpose(1, 2).contiguous(), cos, sin, 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors  # the transpose of a rotation turns back
         return _rotated(gradient, cos, sin, -1).transpose(1, 2), None, None
