@@ -1,14 +1,18 @@
 """bf16 products: log-probabilities, losses and gradients stay fp32 and near those of fp32, and trainers learn."""
 
+import math
+
 import pytest
 import torch
 from test_dpo import encoded, mixed_groups
 from test_dpo import make_groups as preferred
 from test_reward import make_groups as ranked
 from test_sft import mapping
+from tiny_ppo import draw_targets, learners_of, roll, rows_of, small, train
 from tiny_world import make_lm, make_stage
 
 from qinglan.core.device import Device
+from qinglan.learn import ppo_update
 from qinglan.learn.dpo import DPOConfig, policy_loss, train_dpo
 from qinglan.learn.optimize import OptimizerConfig
 from qinglan.learn.reward import RewardConfig, encode_groups, score_groups, train_reward_model
@@ -89,3 +93,22 @@ def test_every_trainer_learns_with_bf16_products(tmp_path, rank):
     rows = stage.run.metrics("dpo")
     assert rows[0]["start/logratio_error"] < 0.01
     assert rows[-1]["valid_loss"] < rows[0]["valid_loss"] and rows[-1]["valid_accuracy"] > 0.6
+
+
+def test_in_bf16_one_update_a_rollout_takes_its_own_logprobs_for_the_old_ones(tmp_path):
+    lm = make_lm()._replace(device=BF16)
+    rollout = roll(lm)
+    config = small(estimator="rloo", episodes_per_iteration=12, minibatch_episodes=12)
+    gradients = []
+    for shift in (0.0, 0.3):  # the sampler's log-probabilities do not reach the gradient
+        learners = learners_of(lm, estimator="rloo")
+        shifted = rollout._replace(logprobs=rollout.logprobs + shift)
+        tally = ppo_update.accumulate_gradients(learners, shifted, draw_targets(rollout), range(12), config)
+        assert tally.ratio / tally.num_tokens == 1.0 and tally.clip_fraction == 0.0
+        # |exp(new - sampled) - 1|: 1 - exp(-0.3) = 0.26 where the sampler's are shifted, rounding where they are not
+        assert tally.ratio_error / tally.num_tokens == pytest.approx(1 - math.exp(-shift), abs=0.05)
+        gradients.append({name: p.grad for name, p in learners.policy.model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+    train(tmp_path, small(estimator="rloo", num_iterations=2, minibatch_episodes=16), lm=lm)
+    assert all(0 < row["start_ratio_error"] < 0.1 and row["ratio"] == 1.0 for row in rows_of(tmp_path))

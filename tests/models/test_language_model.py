@@ -26,6 +26,7 @@ from qinglan.models.language_model import (
     save_language_model,
     target_logprobs,
     target_states,
+    token_logprobs,
     vocabulary_logits,
 )
 from qinglan.models.tokens import collate
@@ -147,6 +148,15 @@ def test_temperature_zero_and_unasked_entropy_do_not_pass_silently(tiny_lm):
     assert target_logprobs(lm.model, states, batch, with_entropy=False).entropy.isnan().all()
     with pytest.raises(InputError, match="temperature"):
         target_logprobs(lm.model, states, batch, temperature=0.0)
+
+
+def test_an_entropy_that_is_only_measured_is_the_same_number_without_a_gradient(tiny_lm):
+    lm = tiny_lm()
+    batch = collate(make_sequences(lm))
+    states, targets = target_states(lm.model, batch), batch.input_ids[batch.target_mask]
+    learnt, measured = (token_logprobs(lm.model, states, targets, entropy_gradient=flag) for flag in (True, False))
+    assert torch.equal(learnt.entropy, measured.entropy) and torch.equal(learnt.logprobs, measured.logprobs)
+    assert learnt.entropy.requires_grad and measured.logprobs.requires_grad and not measured.entropy.requires_grad
 
 
 def test_the_end_token_is_a_target_and_the_prompt_is_not(tiny_lm):

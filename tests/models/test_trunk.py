@@ -187,3 +187,16 @@ def test_no_place_and_every_place():
     assert trunk_states(lm.model, ids, positions, places=torch.tensor([], dtype=torch.long)).shape == (0, 16)
     every = trunk_states(lm.model, ids, positions, places=torch.arange(6).flip(0))
     assert torch.equal(every, whole.flatten(0, 1).flip(0))
+
+
+def test_gradients_of_a_tree_sum_over_the_completions_that_share_a_place():
+    lm = make_tiny_lm("llama")
+    trees = [PromptTree([5, 6, 7], [[8, 9], [10], [11, 12, 13]])]
+    batch = make_tree_batch(trees, torch.device("cpu"))
+    output = lm.model.base_model(
+        input_ids=batch.input_ids, attention_mask=batch.may_attend, position_ids=batch.position_ids, use_cache=False
+    )
+    found = tree_states(lm.model, batch, batch.target_rows, batch.predicting_columns)
+    expected = output.last_hidden_state[batch.target_rows, batch.predicting_columns]
+    assert int((batch.predicting_columns == 2).sum()) == 3  # the prompt's last token predicts three first ones
+    assert_close(gradients(lm.model, found), gradients(lm.model, expected))
