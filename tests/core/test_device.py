@@ -26,13 +26,11 @@ def test_products_have_the_precision_of_fp32():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_memory_of_freed_tensors_is_not_taken_anew_page_by_page():
     Device.detect("cpu", "float32")
-    torch.zeros(12 << 20)  # 48 MiB, freed at once
+    torch.zeros(12 << 20)  # 48 MiB or 12,288 pages, freed at once
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
         torch.zeros(12 << 20)
-    assert (
-        resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 20 * 12288 / 4
-    )  # else all 12,288 pages each time
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 20 * 12288 / 4
 
 
 def test_a_processor_that_would_round_to_bf16_keeps_the_other_library(monkeypatch):

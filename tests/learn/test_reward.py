@@ -30,6 +30,7 @@ from qinglan.models.heads import ScalarModel, as_scorer, load_scalar_model, scal
 from qinglan.models.language_model import hidden_states
 from qinglan.models.prompt_sharing import ARCHITECTURES, can_share_prompt
 from qinglan.models.tokens import collate
+from qinglan.models.trunk import filled_up
 
 TREES = sorted(ARCHITECTURES)
 ROWS = ["mistral_sliding", "gemma3"]
@@ -154,7 +155,7 @@ def test_k_completions_cost_k_passes(monkeypatch):
     scalar = make_scalar()
     answers = ["abcd", "bcda", "cdab", "dabc", "aabb"]  # K = 5, 10 pairs, 4 letters and an end token each
     group = make_group("prompt", answers, Ranking(groups=tuple((k,) for k in range(5))))
-    for share, tokens in [(False, 5 * (8 + 5)), (True, 8 + 5 * 5)]:  # <u> prompt <a>: 8 tokens
+    for share, tokens in [(False, 5 * (8 + 5)), (True, filled_up(8 + 5 * 5))]:  # <u> prompt <a>: 8 tokens
         config = RewardConfig(share_prompt=share)
         encoded = encode_groups(make_lm(), [group], config, {}, "rm")
         assert len(encoded[0].pairs) == 10

@@ -13,7 +13,7 @@ from qinglan.models.directory import prepare
 from qinglan.models.language_model import hidden_states, save_language_model, target_states
 from qinglan.models.prompt_sharing import PromptTree, make_tree_batch, tree_states
 from qinglan.models.tokens import TokenBatch, TokenSequence, collate
-from qinglan.models.trunk import _RMSNorm, _Rotate, filled_up, is_written_out, trunk_states
+from qinglan.models.trunk import _RMSNorm, _Rotate, filled_up, is_written_out, states_of_batch, trunk_states
 
 WRITTEN_OUT = ("llama", "qwen2", "qwen3")
 LAYOUTS = ([[0], [1], [2], [3], [4], [5]], [[3, 4, 1], [2, 0, 5]])  # one sequence a row; packed
@@ -177,6 +177,15 @@ SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidd
     "num_key_value_heads": 2,
     "pad_token_id": None,
 }
+
+
+def test_places_that_are_asked_for_twice_may_be_more_than_there_are():
+    lm = make_tiny_lm("llama")
+    ids = torch.arange(2 * 33).view(2, 33) % 40
+    positions, places = torch.arange(33).expand(2, -1), torch.cat([torch.arange(66), torch.arange(66)])
+    found = states_of_batch(lm.model, ids, positions, places=places)
+    torch.testing.assert_close(found[:66], found[66:], atol=0, rtol=0)
+    torch.testing.assert_close(found[:66], trunk_states(lm.model, ids, positions).flatten(0, 1), atol=1e-5, rtol=1e-5)
 
 
 def test_no_place_and_every_place():

@@ -128,8 +128,9 @@ def states_of_batch(
     if places is None:
         return trunk_states(model, input_ids, position_ids, mask)[:, :num_columns]
     moved = places // num_columns * width + places % num_columns
-    moved = F.pad(moved, (0, min(filled_up(len(places)), input_ids.numel()) - len(places)))
-    return trunk_states(model, input_ids, position_ids, mask, places=moved)[: len(places)]
+    # Some places may be asked for twice: where that makes them more than there are, nothing is gained.
+    more = max(0, min(filled_up(len(places)), input_ids.numel()) - len(places))
+    return trunk_states(model, input_ids, position_ids, mask, places=F.pad(moved, (0, more)))[: len(places)]
 
 
 def filled_up(number: int) -> int:
