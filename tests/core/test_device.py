@@ -33,6 +33,22 @@ def test_memory_of_freed_tensors_is_not_taken_anew_page_by_page():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 20 * 12288 / 4
 
 
+def test_small_products_take_the_other_library_and_give_it_back_after_an_error():
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = "bf16"
+        with pytest.raises(ValueError, match="oops"), device.small_products():
+            inside = products.fp32_precision
+            with device.small_products():  # a second one, as from another thread, changes nothing
+                pass
+            assert products.fp32_precision == inside == "none"
+            raise ValueError("oops")
+        assert products.fp32_precision == "bf16"
+    finally:
+        products.fp32_precision = before
+
+
 def test_a_processor_that_would_round_to_bf16_keeps_the_other_library(monkeypatch):
     products = torch.backends.mkldnn.matmul
     before = products.fp32_precision

@@ -76,7 +76,7 @@ def choose_products() -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors, which it would give back and take again page by page.
 
-    Training is 3 to 15% faster for it and takes no more at its peak (docs/benchmarks.md). Elsewhere nothing happens.
+    Training is 3 to 15% faster for it and takes no more at its peak (LOG.md). Elsewhere nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -99,6 +99,7 @@ def small_products() -> Iterator[None]:
 
 
 def _products() -> Any:
+    # The module puts an object in its own place when it is imported, which mypy cannot see.
     return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 

@@ -66,24 +66,25 @@ def attention(
     **others: Any,
 ) -> tuple[Float[Tensor, "B Q H D"], None]:
     """Return what `transformers`' attention functions return; G heads of keys serve H heads of queries."""
-    num_queries, num_columns = query.shape[2], key.shape[2]
-    dtype = product_dtype(query)
-    is_causal = others.get("is_causal")
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    num_queries, num_columns, dtype = query.shape[2], key.shape[2], product_dtype(query)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    is_causal = getattr(module, "is_causal", True) if others.get("is_causal") is None else others["is_causal"]
     is_plain = dropout == 0 and all(others.get(name) is None for name in UNSUPPORTED)
     is_known = is_plain and query.device.type == "cpu" and (attention_mask is not None or is_causal)
-    decodes = num_queries == 1 and attention_mask is not None and attention_mask.dtype != torch.bool
-    decodes = decodes and attention_mask is not None and attention_mask.shape[1] == 1
-    if not (is_known and (decodes or pays(query.shape[:3], num_columns, dtype))):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if decodes:
+    if is_known and num_queries == 1 and _is_added_for_rows(attention_mask):
         assert attention_mask is not None
         mixed = last_token_attention(query, key, value, attention_mask, scale).to(dtype)
-    else:
+    elif is_known and pays(query.shape[:3], num_columns, dtype):
         blocks = plan_blocks(attention_mask, num_queries, num_columns, dtype)
         mixed = block_attention(query.to(dtype), key.to(dtype), value.to(dtype), blocks, scale)
+    else:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
     return mixed.transpose(1, 2).contiguous(), None
+
+
+def _is_added_for_rows(mask: Tensor | None) -> bool:
+    """Return True for a mask of numbers that is the same for all heads, as the sampler makes it."""
+    return mask is not None and mask.dtype != torch.bool and mask.shape[1] == 1
 
 
 def product_dtype(states: Tensor) -> torch.dtype:

@@ -141,7 +141,7 @@ def filled_up(number: int) -> int:
 
 def packed_mask(position_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"] | None:
     """Return who sees whom where rows hold several sequences; None where each holds one, so that causal is enough."""
-    starts = torch.nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0))
+    starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0))
     if not starts.any():
         return None
     segments = starts.cumsum(dim=1)
