@@ -24,6 +24,7 @@ from qinglan.core.config import Config
 from qinglan.core.errors import InputError
 from qinglan.core.rng import permutation, stream_seed
 from qinglan.core.run import Stage
+from qinglan.core.workers import in_order
 from qinglan.learn.batch import make_batches
 from qinglan.learn.compiling import compile_trunks
 from qinglan.learn.confidence import (
@@ -33,6 +34,7 @@ from qinglan.learn.confidence import (
     confidence_weight,
     product_targets,
 )
+from qinglan.learn.gradients import Backward, accumulate
 from qinglan.learn.head_start import Start, choose_start
 from qinglan.learn.labelled import Example, Labelled, check_labelled, encode_examples
 from qinglan.learn.losses import pairwise_loss
@@ -58,6 +60,7 @@ from qinglan.models.classifier import (
     set_direction,
 )
 from qinglan.models.language_model import LanguageModel
+from qinglan.models.trunk import num_at_once
 
 MeasureTruth = Callable[[TextClassifier], Mapping[str, float]]
 """What the recipe measures along training, by name; with `keep` "oracle" the largest "oracle" decides."""
@@ -274,20 +277,21 @@ def update(
     """Take one optimizer step at the rate that is set; return metrics and buffer. Raises `InputError` if not finite."""
     optimizer.zero_grad()
     weak = torch.tensor([example.target for example in examples])
-    parts = micro_batches(examples, config.max_tokens)
+    at_once = num_at_once([classifier.model], sum(map(_num_tokens, examples)), config.max_tokens)
+    parts = micro_batches(examples, config.max_tokens // at_once)
     metrics: dict[str, float] = {}
     threshold, predictions = 0.0, []
     if config.loss == "confidence":
         # The threshold needs the whole batch's predictions before any part of it has a target.
         with torch.set_grad_enabled(len(parts) == 1):
-            predictions = [example_logits(classifier, part, config) for part in parts]
+            predictions = in_order(lambda part: example_logits(classifier, part, config), parts, at_once)
         logits = torch.cat(predictions).detach().cpu()
         buffer = buffer.with_batch(logits, weak[[i for part in parts for i in part.places]], config.buffer_size)
         share = 0.5 if config.hardened_share == "half" else float(buffer.weak.mean())
         threshold = balanced_threshold(buffer.logits, share)
         metrics |= {"confidence_weight": weight, "hardened_share": float((logits > threshold).float().mean())}
-    loss, num_agreeing = 0.0, 0.0
-    for part in parts:
+
+    def of_part(part: Part, backward: Backward) -> tuple[float, float]:
         logits = predictions[0] if predictions and len(parts) == 1 else example_logits(classifier, part, config)
         labels = weak[part.places].to(logits.device)
         if config.loss == "confidence":
@@ -295,9 +299,10 @@ def update(
         else:
             targets = labels if config.loss == "naive" else product_targets(labels, logits)
         part_loss = pairwise_loss(logits, targets).sum() / len(examples)  # -[q log p + (1 - q) log(1 - p)]
-        part_loss.backward()
-        loss += part_loss.item()
-        num_agreeing += float(((logits > 0) == (labels > 0.5)).sum())
+        backward(part_loss)
+        return part_loss.item(), float(((logits > 0) == (labels > 0.5)).sum())
+
+    loss, num_agreeing = map(sum, zip(*accumulate([classifier.model], parts, of_part, at_once), strict=True))
     check_finite(loss, "the loss", where)
     grad_norm = check_finite(
         clip_gradients(classifier.model, config.optimizer.max_grad_norm), "the gradient's norm", where

@@ -16,6 +16,7 @@ for RMSprop; gradients are clipped; the mean over pairs is taken within a prompt
 """
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -28,11 +29,13 @@ from qinglan.core.errors import InputError
 from qinglan.core.records import ComparisonGroup, Completion, Pair, Prompt, Scorer, Source
 from qinglan.core.rng import permutation, stream_seed
 from qinglan.core.run import Stage
+from qinglan.core.workers import in_order
 from qinglan.learn.batch import make_batches
 from qinglan.learn.checks import MAX_MEAN_RATIO_ERROR
 from qinglan.learn.compiling import compile_trunks
 from qinglan.learn.dropout import adapter_dropout
 from qinglan.learn.encode import encode_completion
+from qinglan.learn.gradients import Backward, accumulate
 from qinglan.learn.losses import GroupLoss, group_policy_loss
 from qinglan.learn.optimize import (
     Checkpointer,
@@ -43,7 +46,7 @@ from qinglan.learn.optimize import (
     set_lr,
     training_tensors,
 )
-from qinglan.learn.reward import EncodedGroup, encode_groups, micro_batches, pair_targets
+from qinglan.learn.reward import EncodedGroup, encode_groups, micro_batches, pair_targets, parts_at_once
 from qinglan.models.adapters import LoRAConfig
 from qinglan.models.language_model import (
     LanguageModel,
@@ -155,9 +158,8 @@ def train_dpo(
         stage.log(0, found | evaluate_groups(policy, valid_examples, config))
     else:
         restore_training(state.tensors, policy.model, optimizer)
-    steps_done = state.step if state else 0
-
     # 3. Loop
+    steps_done = state.step if state else 0
     compiled = compile_trunks([policy.model], config.compile, policy.device, stage.name, dropout=config.lora.dropout)
     progress = stage.progress(num_steps)
     for step in range(steps_done, num_steps):
@@ -200,8 +202,7 @@ def group_logprobs(lm: LanguageModel, groups: Sequence[EncodedGroup], config: DP
             states = target_states(lm.model, batch)
             logprobs = target_logprobs(lm.model, states, batch, with_entropy=False).logprobs
         owners = torch.tensor([place.original for place in batch.sequence_rows], device=device)
-        lengths = torch.tensor(batch.lengths, device=device)
-        total = total.index_add(0, owners.repeat_interleave(lengths), logprobs)
+        total = total.index_add(0, owners.repeat_interleave(torch.tensor(batch.lengths, device=device)), logprobs)
     return total
 
 
@@ -210,10 +211,13 @@ def reference_logprobs(lm: LanguageModel, groups: Sequence[EncodedGroup], config
     """Return the log-probability of every completion of `groups` under the reference, in order, on the CPU."""
     places = {id(group): place for place, group in enumerate(groups)}
     found: list[Tensor] = [torch.empty(0)] * len(groups)
-    for part in micro_batches(groups, config.max_tokens):
+
+    def of_part(part: list[EncodedGroup]) -> None:
         sizes = [len(group.sequences) for group in part]
         for group, values in zip(part, group_logprobs(lm, part, config).cpu().split(sizes), strict=True):
             found[places[id(group)]] = values
+
+    in_order(of_part, *parts_at_once(lm.model, groups, config.max_tokens, config.lora))
     return torch.cat(found)
 
 
@@ -369,12 +373,16 @@ def update(
 ) -> dict[str, float]:
     """Take one optimizer step at the rate that is set; return its metrics. Raises `InputError` if not finite."""
     optimizer.zero_grad()
-    tally = Tally()
-    for number, part in enumerate(micro_batches(groups, config.max_tokens)):
+
+    def of_part(numbered: tuple[int, list[EncodedGroup]], backward: Backward) -> Tally:
+        number, part = numbered
         with adapter_dropout(policy.model, config.lora.dropout, stream_seed(dropout_seed, number)):
             found = policy_loss(policy, part, len(groups), config)
-        found.loss.backward()
-        tally = tally.add(found.tally)
+        backward(found.loss)
+        return found.tally
+
+    parts, at_once = parts_at_once(policy.model, groups, config.max_tokens, config.lora)
+    tally = reduce(Tally.add, accumulate([policy.model], enumerate(parts), of_part, at_once), Tally())
     check_finite(tally.loss, "the loss", where)
     grad_norm = check_finite(clip_gradients(policy.model, config.optimizer.max_grad_norm), "the gradient's norm", where)
     optimizer.step()
@@ -386,7 +394,7 @@ def evaluate_groups(policy: LanguageModel, groups: Sequence[EncodedGroup], confi
     """Return loss, accuracy, margin and log-ratios on held-out groups; nothing if there are no groups."""
     if not groups:
         return {}
-    tally = Tally()
-    for part in micro_batches(groups, config.max_tokens):
-        tally = tally.add(policy_loss(policy, part, len(groups), config).tally)
-    return {f"valid_{name}": value for name, value in tally.metrics(config).items() if name != "pairs"}
+    parts = parts_at_once(policy.model, groups, config.max_tokens, config.lora)
+    tallies = in_order(lambda part: policy_loss(policy, part, len(groups), config).tally, *parts)
+    found = reduce(Tally.add, tallies, Tally()).metrics(config)
+    return {f"valid_{name}": value for name, value in found.items() if name != "pairs"}

@@ -332,14 +332,16 @@ def _settle_old_logprobs(
 ) -> Rollout:
     """Return the rollout with the old log-probabilities to train with.
 
-    The sampler's serve in fp32, after a check of all tokens of the first rollout (later ones: of the first minibatch,
-    for nothing). bf16 rounds a cached decoding step and a full pass differently, so there they are computed again,
-    unless the update knows them itself (`knows_old_logprobs`); the KL is then measured with the sampler's.
+    The sampler's serve in fp32, after a check of all tokens of the first rollout, unless the first update reads all,
+    which checks them for nothing (as it does the first minibatch of later rollouts). bf16 rounds a cached decoding step
+    and a full pass differently, so there they are computed again, unless the update knows them itself
+    (`knows_old_logprobs`); the KL is then measured with the sampler's.
     """
     dtype = policy.device.compute_dtype
     rounds_differently = dtype != torch.float32 and not knows_old_logprobs(policy, config)
     must_recompute = config.old_logprobs == "recompute" or rounds_differently
-    if not must_recompute and iteration > 0:
+    is_checked_later = iteration > 0 or config.minibatch_episodes == config.episodes_per_iteration
+    if not must_recompute and is_checked_later:
         return rollout
     again = rollout_logprobs(policy, rollout, config.sampling.temperature, config.max_tokens)
     if must_recompute:

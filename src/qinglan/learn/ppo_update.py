@@ -9,6 +9,7 @@ Legend: E episodes of an iteration, T tokens of the longest completion, N sample
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import reduce
 from statistics import fmean
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from qinglan.core.rng import permutation, stream_seed
 from qinglan.learn.batch import make_batches
 from qinglan.learn.checks import check_ratio
 from qinglan.learn.compiling import Compiled, compile_trunks
+from qinglan.learn.gradients import Backward, accumulate
 from qinglan.learn.optimize import (
     check_finite,
     clip_gradients,
@@ -34,10 +36,11 @@ from qinglan.learn.ppo_config import PPOConfig
 from qinglan.learn.rollout import Rollout
 from qinglan.learn.sft import PretrainSource
 from qinglan.models import heads
-from qinglan.models.completion_rows import make_completion_batches, states_before
+from qinglan.models.completion_rows import CompletionBatch, make_completion_batches, num_tokens_of, states_before
 from qinglan.models.heads import ScalarModel, scalar_model_from, token_values
 from qinglan.models.language_model import (
     LanguageModel,
+    TokenBatch,
     TokenSequence,
     max_context,
     start_of_training,
@@ -45,6 +48,7 @@ from qinglan.models.language_model import (
     target_states,
     token_logprobs,
 )
+from qinglan.models.trunk import num_at_once
 
 
 class Learners(NamedTuple):
@@ -228,15 +232,13 @@ def accumulate_gradients(
     """Add the gradients of one minibatch of episodes to the models' `.grad`: the mean over all its sampled tokens."""
     policy, value = learners.policy, learners.value
     num_tokens = int(rollout.completion_mask[list(chosen)].sum())
-    tally = Tally()
     models = [policy.model] if value is None else [policy.model, value.model]
-    for batch in make_completion_batches(
-        rollout.sequences, chosen, models, max_tokens=config.max_tokens, pack=config.pack
-    ):
+
+    def of_batch(batch: CompletionBatch, backward: Backward) -> Tally:
         mask = rollout.completion_mask[batch.numbers]
 
-        def flat(matrix: Tensor, episodes: list[int] = batch.numbers, mask: Tensor = mask) -> Float[Tensor, " N"]:
-            return matrix[episodes][mask].to(policy.device.torch_device)
+        def flat(matrix: Tensor) -> Float[Tensor, " N"]:
+            return matrix[batch.numbers][mask].to(policy.device.torch_device)
 
         with policy.device.autocast():
             states = states_before(policy.model, batch)
@@ -253,7 +255,7 @@ def accumulate_gradients(
         errors = torch.expm1(new.logprobs.detach() - sampled).abs()
         total = (loss.loss.sum() - config.entropy_coef * new.entropy.sum()) / num_tokens
         if not learners.shares_trunk:
-            total.backward()
+            backward(total)
         fitted, value_clipped = 0.0, 0.0
         if value is not None:
             if not learners.shares_trunk:
@@ -263,23 +265,27 @@ def accumulate_gradients(
             found = value_loss(values, flat(targets.old_values), flat(targets.returns), targets.value_clip)
             value_total = found.loss.sum() / num_tokens
             # One backward pass through a shared trunk, where the value loss has its weight; else each model its own.
-            (total + config.value_coef * value_total if learners.shares_trunk else value_total).backward()
+            backward(total + config.value_coef * value_total if learners.shares_trunk else value_total)
             fitted, value_clipped = float(found.loss.detach().sum()), float(found.is_clipped.sum())
-        tally = tally.add(
-            Tally(
-                num_tokens=len(new.logprobs),
-                policy_loss=float(loss.loss.detach().sum()),
-                clip_fraction=float(loss.is_clipped.sum()),
-                approx_kl=float(loss.approx_kl.sum()),
-                ratio=float(loss.ratio.double().sum()),
-                entropy=float(new.entropy.detach().sum()),
-                value_loss=fitted,
-                value_clip_fraction=value_clipped,
-                ratio_error=float(errors.sum()),
-                worst_ratio_error=float(errors.max()),
-            )
+        return Tally(
+            num_tokens=len(new.logprobs),
+            policy_loss=float(loss.loss.detach().sum()),
+            clip_fraction=float(loss.is_clipped.sum()),
+            approx_kl=float(loss.approx_kl.sum()),
+            ratio=float(loss.ratio.double().sum()),
+            entropy=float(new.entropy.detach().sum()),
+            value_loss=fitted,
+            value_clip_fraction=value_clipped,
+            ratio_error=float(errors.sum()),
+            worst_ratio_error=float(errors.max()),
         )
-    return tally
+
+    at_once = num_at_once(models, num_tokens_of(rollout.sequences, chosen), config.max_tokens)
+    batches = make_completion_batches(
+        rollout.sequences, chosen, models,
+        max_tokens=config.max_tokens // at_once, pack=config.pack, multiple_of=at_once,
+    )  # fmt: skip
+    return reduce(Tally.add, accumulate(models, batches, of_batch, at_once), Tally())
 
 
 def accumulate_ptx_gradients(policy: LanguageModel, token_ids: Sequence[list[int]], config: PPOConfig) -> float:
@@ -295,16 +301,19 @@ def accumulate_ptx_gradients(policy: LanguageModel, token_ids: Sequence[list[int
             "give a corpus or set ptx_coef to 0"
         )
     num_tokens = sum(len(sequence.token_ids) - 1 for sequence in sequences)
-    total = 0.0
-    for batch in make_batches(sequences, max_tokens=config.max_tokens, pack=True):
+
+    def of_batch(batch: TokenBatch, backward: Backward) -> float:
         batch = batch.to(policy.device.torch_device)
         with policy.device.autocast():
             states = target_states(policy.model, batch)
             logprobs = target_logprobs(policy.model, states, batch, with_entropy=False).logprobs
         loss = -logprobs.sum() / num_tokens
-        (config.ptx_coef * loss).backward()
-        total += float(loss.detach())
-    return total
+        backward(config.ptx_coef * loss)
+        return float(loss.detach())
+
+    at_once = num_at_once([policy.model], num_tokens, config.max_tokens)
+    batches = make_batches(sequences, max_tokens=config.max_tokens // at_once, pack=True, multiple_of=at_once)
+    return sum(accumulate([policy.model], batches, of_batch, at_once))
 
 
 def _gradient_norm(model: nn.Module, config: PPOConfig, what: str, where: str) -> float:

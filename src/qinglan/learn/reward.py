@@ -19,17 +19,20 @@ from typing import Literal, NamedTuple, Protocol, Self, get_args
 import torch
 from pydantic import Field
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qinglan.core.config import Config
 from qinglan.core.errors import InputError, nearest
 from qinglan.core.records import ComparisonGroup, Demonstrated, Pair, Source, pairs_of
 from qinglan.core.rng import permutation, stream_seed
 from qinglan.core.run import Stage
+from qinglan.core.workers import in_order
 from qinglan.learn.batch import make_batches
 from qinglan.learn.compiling import compile_trunks
 from qinglan.learn.dropout import adapter_dropout
 from qinglan.learn.encode import encode_completion
-from qinglan.learn.losses import PairTargets, group_ranking_loss
+from qinglan.learn.gradients import Backward, accumulate
+from qinglan.learn.losses import GroupLoss, PairTargets, group_ranking_loss
 from qinglan.learn.optimize import (
     Checkpointer,
     OptimizerConfig,
@@ -53,6 +56,7 @@ from qinglan.models.heads import (
 )
 from qinglan.models.language_model import LanguageModel, TokenSequence, max_context
 from qinglan.models.prompt_sharing import PromptTree, can_share_prompt, make_tree_batch, tree_end_states
+from qinglan.models.trunk import num_at_once
 
 
 class RewardConfig(Config):
@@ -251,16 +255,19 @@ def update(
 ) -> dict[str, float]:
     """Take one optimizer step at the rate that is set; return its metrics. Raises `InputError` if not finite."""
     optimizer.zero_grad()
-    loss, num_correct, num_decided, num_pairs = 0.0, 0.0, 0, 0
-    for number, part in enumerate(micro_batches(groups, config.max_tokens)):
+
+    def of_part(numbered: tuple[int, list[EncodedGroup]], backward: Backward) -> GroupLoss:
+        number, part = numbered
         with adapter_dropout(scalar.model, config.lora.dropout, stream_seed(dropout_seed, number)):
             scores = score_groups(scalar, part, config)
         result = group_ranking_loss(scores, pair_targets(part, len(groups), scalar))
-        result.loss.backward()
-        loss += result.loss.item()
-        num_correct += result.num_correct.item()
-        num_decided += result.num_decided
-        num_pairs += sum(len(group.pairs) for group in part)
+        backward(result.loss)
+        return result._replace(loss=result.loss.detach())
+
+    parts, at_once = parts_at_once(scalar.model, groups, config.max_tokens, config.lora)
+    results = accumulate([scalar.model], enumerate(parts), of_part, at_once)
+    loss, num_decided = sum(result.loss.item() for result in results), sum(result.num_decided for result in results)
+    num_correct, num_pairs = sum(r.num_correct.item() for r in results), sum(len(group.pairs) for group in groups)
     check_finite(loss, "the loss", where)
     grad_norm = check_finite(clip_gradients(scalar.model, config.optimizer.max_grad_norm), "the gradient's norm", where)
     optimizer.step()
@@ -269,21 +276,31 @@ def update(
     return metrics | ({"accuracy": num_correct / num_decided} if num_decided else {})
 
 
+def parts_at_once(
+    model: PreTrainedModel, groups: Sequence[EncodedGroup], max_tokens: int, lora: LoRAConfig
+) -> tuple[Iterator[list[EncodedGroup]], int]:
+    """Return the groups in parts for a model, and how many of these are computed at the same time."""
+    draws_masks = lora.dropout > 0  # by hooks that all parts would meet
+    at_once = 1 if draws_masks else num_at_once([model], sum(map(num_tokens_of, groups)), max_tokens)
+    return micro_batches(groups, max_tokens // at_once), at_once
+
+
 def micro_batches(groups: Sequence[EncodedGroup], max_tokens: int) -> Iterator[list[EncodedGroup]]:
     """Yield the groups in parts of at most `max_tokens` tokens; none is cut, since its pairs couple its scores.
 
     As the loss is a sum over groups, the gradients of the parts add up to that of the whole.
     """
     part: list[EncodedGroup] = []
-    for group in sorted(groups, key=_num_tokens):
-        if part and (len(part) + 1) * _num_tokens(group) > max_tokens:
+    for group in sorted(groups, key=num_tokens_of):
+        if part and (len(part) + 1) * num_tokens_of(group) > max_tokens:
             yield part
             part = []
         part.append(group)
     yield part
 
 
-def _num_tokens(group: EncodedGroup) -> int:
+def num_tokens_of(group: EncodedGroup) -> int:
+    """Return the tokens of a group's sequences, the prompt counted with each."""
     return sum(len(sequence.token_ids) for sequence in group.sequences)
 
 
@@ -328,11 +345,13 @@ def evaluate_groups(scalar: ScalarModel, groups: Sequence[EncodedGroup], config:
     """Return loss and pair accuracy on held-out groups, the accuracy by source too; nothing if there are no groups."""
     metrics: dict[str, float] = {}
     loss, num_correct, num_decided = 0.0, 0.0, 0
+
+    def loss_of(part: list[EncodedGroup]) -> GroupLoss:
+        return group_ranking_loss(score_groups(scalar, part, config), pair_targets(part, len(groups), scalar))
+
     for source in sorted({group.source for group in groups}):
-        results = [
-            group_ranking_loss(score_groups(scalar, part, config), pair_targets(part, len(groups), scalar))
-            for part in micro_batches([group for group in groups if group.source == source], config.max_tokens)
-        ]
+        chosen = [group for group in groups if group.source == source]
+        results = in_order(loss_of, *parts_at_once(scalar.model, chosen, config.max_tokens, config.lora))
         correct, decided = sum(r.num_correct.item() for r in results), sum(r.num_decided for r in results)
         if decided:
             metrics[f"valid_accuracy/{source}"] = correct / decided

@@ -29,6 +29,7 @@ from qinglan.learn.batch import make_batches
 from qinglan.learn.compiling import compile_trunks
 from qinglan.learn.dropout import adapter_dropout, residual_dropout
 from qinglan.learn.encode import encode_completion
+from qinglan.learn.gradients import Backward, accumulate
 from qinglan.learn.losses import cross_entropy
 from qinglan.learn.optimize import (
     Checkpointer,
@@ -43,6 +44,7 @@ from qinglan.learn.optimize import (
 from qinglan.models.adapters import LoRAConfig
 from qinglan.models.language_model import (
     LanguageModel,
+    TokenBatch,
     TokenSequence,
     completion_logprobs,
     end_of_training,
@@ -53,6 +55,7 @@ from qinglan.models.language_model import (
     target_logprobs,
     target_states,
 )
+from qinglan.models.trunk import num_at_once
 
 PretrainSource = Callable[[int, int], list[list[int]]]
 """`(start, count)` -> token ids of pretraining sequences number start .. start + count - 1, the same on every call."""
@@ -315,8 +318,9 @@ def accumulate_gradients(
     # Kind 0 is a demonstration's target, kind 1 a pretraining sequence's. Each has the weight that makes the sum over
     # the whole batch the mean over its kind, so that how the batch is cut does not matter.
     weights = torch.tensor([(1.0 - fraction) / counts[0], fraction / max(counts[1], 1)])
-    sums = torch.zeros(2, dtype=torch.float64)
-    for number, batch in enumerate(make_batches(sequences, max_tokens=config.max_tokens, pack=config.pack)):
+
+    def of_batch(numbered: tuple[int, TokenBatch], backward: Backward) -> tuple[Tensor, Tensor]:
+        number, batch = numbered
         masks = residual_dropout(lm.model, config.dropout, stream_seed(dropout_seed, number))
         adapter_masks = adapter_dropout(lm.model, config.lora.dropout, stream_seed(dropout_seed, "adapter", number))
         with masks, adapter_masks, lm.device.autocast():
@@ -324,8 +328,16 @@ def accumulate_gradients(
             logprobs = target_logprobs(lm.model, states, batch, with_entropy=False).logprobs
         kind_of_sequence = torch.tensor([int(place.original >= len(demonstrations)) for place in batch.sequence_rows])
         kinds = kind_of_sequence.repeat_interleave(torch.tensor(batch.lengths))
-        cross_entropy(logprobs, weights[kinds].to(logprobs)).backward()
-        sums.index_add_(0, kinds, -logprobs.detach().cpu().double())
+        backward(cross_entropy(logprobs, weights[kinds].to(logprobs)))
+        return kinds, logprobs.detach().cpu().double()
+
+    num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
+    draws_masks = max(config.dropout, config.lora.dropout) > 0  # by hooks that all batches would meet
+    at_once = 1 if draws_masks else num_at_once([lm.model], num_tokens, config.max_tokens)
+    batches = make_batches(sequences, max_tokens=config.max_tokens // at_once, pack=config.pack, multiple_of=at_once)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for kinds, logprobs in accumulate([lm.model], enumerate(batches), of_batch, at_once):
+        sums.index_add_(0, kinds, -logprobs)
     demo_loss, pretrain_loss = float(sums[0]) / counts[0], float(sums[1]) / max(counts[1], 1)
     loss = (1.0 - fraction) * demo_loss + fraction * pretrain_loss
     return BatchLoss(loss, demo_loss, pretrain_loss if counts[1] else None, sum(counts))

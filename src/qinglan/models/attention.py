@@ -46,7 +46,10 @@ def choose_attention(model: PreTrainedModel) -> None:
 
 
 class Block(NamedTuple):
-    """Queries `start` to before `end` see columns `first` to before `last`; `added` [.., Q, T] says which of them."""
+    """Queries `start` to before `end` see columns `first` to before `last`.
+
+    `added` [.., Q, t] says which of the last t they see; those before them all queries see.
+    """
 
     start: int
     end: int
@@ -136,8 +139,8 @@ def plan_blocks(mask: Tensor | None, num_queries: int, num_columns: int, dtype: 
     for start in range(0, num_queries, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, num_queries)
         if mask is None:
-            first, last = 0, num_columns - num_queries + end
-            added = torch.full((end - start, last), lowest, dtype=dtype).triu_(last - (end - start) + 1)[None, None]
+            first, last, length = 0, num_columns - num_queries + end, end - start
+            added = torch.full((length, length), lowest, dtype=dtype).triu_(1)[None, None]
         else:
             part = mask[:, :, start:end]
             first, last = seen_columns(part, num_columns)
@@ -173,16 +176,15 @@ class _Blocks(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], scale: float) -> Tensor:
         rows, heads = query.shape[:2]
         query, key, value = (states.flatten(0, 1) for states in (query, key, value))
-        columns, weights = key.mT.contiguous(), list[Tensor]()
-        output = query.new_empty(*query.shape[:2], value.shape[-1])
+        output, weights = query.new_empty(*query.shape[:2], value.shape[-1]), list[Tensor]()
         for start, end, first, last, added in blocks:
-            # alpha Q K^T + mask in one product; the softmax in fp32 is the faster one too
-            is_one = added.shape[:2] == (1, 1)
-            bias = added[0].expand(rows * heads, -1, -1) if is_one else added.expand(rows, heads, -1, -1).flatten(0, 1)
-            scores = torch.baddbmm(bias, query[:, start:end], columns[:, :, first:last], alpha=scale)
+            scores = query.new_empty(len(query), end - start, last - first)
+            torch.baddbmm(scores, query[:, start:end], key[:, first:last].mT, beta=0, alpha=scale, out=scores)
+            scores.unflatten(0, (rows, heads))[..., last - first - added.shape[-1] :] += added
+            # The softmax in fp32 is the faster one too.
             exact = torch.promote_types(query.dtype, torch.float32)
             seen = torch.softmax(scores, dim=-1, dtype=exact).to(query.dtype)
-            output[:, start:end] = torch.bmm(seen, value[:, first:last])
+            torch.bmm(seen, value[:, first:last], out=output[:, start:end])
             if any(ctx.needs_input_grad):
                 weights.append(seen)
         ctx.save_for_backward(query, key, value, *weights)
@@ -196,13 +198,12 @@ class _Blocks(torch.autograd.Function):
         query, key, value, *weights = ctx.saved_tensors
         gradient = gradient.flatten(0, 1)
         to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        columns = value.mT.contiguous()
         for (start, end, first, last), seen in zip(ctx.spans, weights, strict=True):
             to_output = gradient[:, start:end]
-            to_weights = torch.bmm(to_output, columns[:, :, first:last])
-            scores = torch._softmax_backward_data(to_weights, seen, -1, seen.dtype)
-            to_query[:, start:end] = torch.bmm(scores, key[:, first:last])
-            to_key[:, first:last] += torch.bmm(scores.mT, query[:, start:end])
-            to_value[:, first:last] += torch.bmm(seen.mT, to_output)
+            to_weights = torch.bmm(to_output, value[:, first:last].mT)
+            scores = torch._softmax_backward_data(to_weights, seen, -1, seen.dtype, grad_input=to_weights)
+            torch.bmm(scores, key[:, first:last], out=to_query[:, start:end])
+            to_key[:, first:last].baddbmm_(scores.mT, query[:, start:end])
+            to_value[:, first:last].baddbmm_(seen.mT, to_output)
         found = (to_query.mul_(ctx.scale), to_key.mul_(ctx.scale), to_value)
         return *(states.unflatten(0, ctx.outer) for states in found), None, None

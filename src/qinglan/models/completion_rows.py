@@ -6,7 +6,7 @@ has a row of its own, or is packed with others. The numbers are the same.
 Legend: N completion tokens of a batch, S its completions, D hidden units.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,9 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qinglan.core.workers import in_order
 from qinglan.models.language_model import TokenBatch, TokenSequence, max_context, states_at
 from qinglan.models.prompt_sharing import PromptTree, TreeBatch, can_share_prompt, make_tree_batch, tree_states
 from qinglan.models.tokens import collate, plan_rows
+from qinglan.models.trunk import num_at_once
 
 
 class CompletionBatch(NamedTuple):
@@ -50,6 +52,7 @@ def make_completion_batches(
     *,
     max_tokens: int,
     pack: bool = False,
+    multiple_of: int = 1,
 ) -> Iterator[CompletionBatch]:
     """Yield the `chosen` sequences in batches for forward passes of all `models`, tensors on their device.
 
@@ -59,21 +62,37 @@ def make_completion_batches(
         models: every model that will read the batches; all must be able to share prompts, or none is shared.
         max_tokens: budget of rows * columns of one batch; only a single sequence that is longer may exceed it.
         pack: put several sequences that share no prompt into a row where they fit.
+        multiple_of: see `plan_rows`.
     """
     device, shared = models[0].device, list[list[int]]()
     if all(can_share_prompt(model) for model in models):
         context, hidden = min(map(max_context, models)), models[0].config.get_text_config().hidden_size
         shared = [part for part in _parts(sequences, chosen, context, max_tokens, hidden) if len(part) > 1]
     trees = [_tree_of([sequences[number] for number in part]) for part in shared]
-    for rows in plan_rows([tree.num_tokens for tree in trees], max_tokens, pack=False):
+    for rows in plan_rows([tree.num_tokens for tree in trees], max_tokens, pack=False, multiple_of=multiple_of):
         numbers = [number for [i] in rows for number in shared[i]]
         yield CompletionBatch(make_tree_batch([trees[i] for [i] in rows], device), numbers)
     in_trees = {number for part in shared for number in part}
     alone = [number for number in chosen if number not in in_trees]
     candidates = [sequences[number] for number in alone]
-    for rows in plan_rows([len(one.token_ids) for one in candidates], max_tokens, pack):
+    for rows in plan_rows([len(one.token_ids) for one in candidates], max_tokens, pack, multiple_of):
         batch = collate(candidates, rows).to(device)
         yield CompletionBatch(batch, [alone[place.original] for place in batch.sequence_rows])
+
+
+def for_each_batch(
+    function: Callable[[CompletionBatch], None],
+    sequences: Sequence[TokenSequence],
+    model: PreTrainedModel,
+    max_tokens: int,
+) -> None:
+    """Call `function` with every sequence once, in batches, of which several may run at the same time."""
+    everything = range(len(sequences))
+    at_once = num_at_once([model], num_tokens_of(sequences, everything), max_tokens)
+    batches = make_completion_batches(
+        sequences, everything, [model], max_tokens=max_tokens // at_once, multiple_of=at_once
+    )
+    in_order(function, batches, at_once)
 
 
 def states_before(model: PreTrainedModel, batch: CompletionBatch) -> Float[Tensor, "N D"]:
@@ -116,6 +135,11 @@ def _states_at(model: PreTrainedModel, rows: TokenBatch | TreeBatch, numbers: Te
     if isinstance(rows, TreeBatch):
         return tree_states(model, rows, numbers, columns)
     return states_at(model, rows, numbers, columns)
+
+
+def num_tokens_of(sequences: Sequence[TokenSequence], chosen: Sequence[int]) -> int:
+    """Return the number of tokens of the `chosen` sequences."""
+    return sum(len(sequences[number].token_ids) for number in chosen)
 
 
 def _tree_of(sequences: Sequence[TokenSequence]) -> PromptTree:

@@ -126,16 +126,21 @@ def _check(sequence: TokenSequence, index: int) -> None:
         )
 
 
-def plan_rows(lengths: Sequence[int], max_tokens: int, pack: bool) -> list[list[list[int]]]:
+def plan_rows(lengths: Sequence[int], max_tokens: int, pack: bool, multiple_of: int = 1) -> list[list[list[int]]]:
     """Plan batches within a token budget: for each batch its rows, for each row the indices of its sequences.
 
     Sequences are taken from the longest to the shortest (equal ones in their order), so that rows of one batch are
     alike and the batch that needs most memory comes first. A batch has as many columns as its longest sequence, and
     rows * columns <= max_tokens unless one sequence alone is longer. With `pack`, a shorter sequence goes to the row
     with the least room that still holds it (best fit, decreasing); without, each has a row of its own.
+
+    With `multiple_of` above 1 there are so many batches, or twice as many and so on, as even as may be: several are to
+    be computed at the same time, and none of who computes them should have to wait.
     """
     if max_tokens < 1:
         raise InputError(f"max_tokens: {max_tokens}; expected at least 1")
+    if multiple_of > 1:
+        return _plan_evenly(lengths, max_tokens, pack, multiple_of)
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     batches: list[list[list[int]]] = []
     rooms: list[tuple[int, int]] = []  # (columns left, row) of the rows of the last batch, ascending
@@ -157,7 +162,24 @@ def plan_rows(lengths: Sequence[int], max_tokens: int, pack: bool) -> list[list[
     return batches
 
 
-def padded_batches(sequences: Sequence[TokenSequence], max_tokens: int) -> list[TokenBatch]:
+def _plan_evenly(lengths: Sequence[int], max_tokens: int, pack: bool, multiple_of: int) -> list[list[list[int]]]:
+    """Return the plan of least batches among those with as few as the budget asks for, up to the next multiple."""
+    high = max_tokens
+    plan = plan_rows(lengths, high, pack)
+    most = -(-len(plan) // multiple_of) * multiple_of
+    low = sum(lengths) // max(1, most) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        smaller = plan_rows(lengths, max(1, middle), pack)
+        if len(smaller) <= most:
+            plan, high = smaller, middle
+        else:
+            low = middle
+    return plan
+
+
+def padded_batches(sequences: Sequence[TokenSequence], max_tokens: int, multiple_of: int = 1) -> list[TokenBatch]:
     """Return batches with one sequence a row, sorted by length, within a token budget (see `plan_rows`)."""
-    plan = plan_rows([len(sequence.token_ids) for sequence in sequences], max_tokens, pack=False)
+    lengths = [len(sequence.token_ids) for sequence in sequences]
+    plan = plan_rows(lengths, max_tokens, pack=False, multiple_of=multiple_of)
     return [collate(sequences, rows) for rows in plan]

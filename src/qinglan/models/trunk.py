@@ -14,7 +14,7 @@ The modules stay `transformers`' own and are called as they are, adapters includ
 Letters: B rows, T columns, H heads, K units of a head, D hidden units, M places whose states are asked for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from qinglan.models import attention
 
 ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Values of `config.model_type`."""
+MIN_TOKENS, MAX_WEIGHTS = 1024, 2**24
+"""Batches of fewer tokens, or of larger models, are computed one by one, each by all threads (docs/engine.md)."""
 
 
 def is_written_out(model: PreTrainedModel) -> bool:
@@ -49,6 +51,24 @@ def is_written_out(model: PreTrainedModel) -> bool:
         and "forward" not in vars(trunk)  # compiled
         and not any(part._forward_hooks or part._forward_pre_hooks for part in _parts(trunk))
     )
+
+
+def num_at_once(models: Sequence[PreTrainedModel], num_tokens: int, max_tokens: int) -> int:
+    """Return how many batches of `num_tokens` tokens are best computed at the same time, which then share a budget.
+
+    More than one for small models only, whose products keep no team of threads busy, and only where nothing of a
+    forward pass is kept in the model: that is known of those that are written out here.
+    """
+    num_weights = sum(weights.numel() for model in models for weights in model.parameters())
+    is_known = all(is_written_out(model) and _has_fixed_rotation(model) for model in models)
+    if not is_known or num_weights > MAX_WEIGHTS:
+        return 1
+    return max(1, min(torch.get_num_threads(), min(num_tokens, max_tokens) // MIN_TOKENS))
+
+
+def _has_fixed_rotation(model: PreTrainedModel) -> bool:
+    trunk: Any = model.base_model
+    return getattr(trunk.rotary_emb, "rope_type", "default") not in ("dynamic", "longrope")
 
 
 def _parts(trunk: Any) -> Iterator[torch.nn.Module]:
@@ -155,12 +175,27 @@ def _heads(block: Any, normed: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple
     query, key, value = (matrix(normed).view(shape) for matrix in (block.q_proj, block.k_proj, block.v_proj))
     if hasattr(block, "q_norm"):
         query, key = (normalize(norm, x, x.dtype) for norm, x in ((block.q_norm, query), (block.k_norm, key)))
-    return _Rotate.apply(query, *rotation), _Rotate.apply(key, *rotation), value.transpose(1, 2)
+    return rotate(query, *rotation), rotate(key, *rotation), value.transpose(1, 2)
 
 
 def normalize(norm: Any, states: Float[Tensor, "*n D"], dtype: torch.dtype) -> Float[Tensor, "*n D"]:
     """Return the output of a module for RMS norm in `dtype`; sums are fp32."""
+    if not torch.is_grad_enabled():
+        return _normalized(states.float(), norm.weight, norm.variance_epsilon, dtype)[0]
     return _RMSNorm.apply(states, norm.weight, norm.variance_epsilon, dtype)
+
+
+def rotate(x: Float[Tensor, "B T H K"], cos: Float[Tensor, "B T K"], sin: Float[Tensor, "B T K"]) -> Tensor:
+    """Return queries or keys turned by their positions, [B, H, T, K]."""
+    if not torch.is_grad_enabled():
+        return _rotated(x.transpose(1, 2).contiguous(), cos, sin, 1)
+    return _Rotate.apply(x, cos, sin)
+
+
+def _normalized(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    scale = mean_square.add_(eps).rsqrt_()
+    return (x * scale).mul_(weight).to(dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -169,10 +204,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         x = x.float()
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean_square.add_(eps).rsqrt_()
+        normed, scale = _normalized(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(dtype)
+        return normed
 
     @staticmethod
     @once_differentiable
