@@ -98,6 +98,13 @@ def small_products() -> Iterator[None]:
         products.fp32_precision = "bf16"
 
 
+def has_packed_products(dtype: torch.dtype) -> bool:
+    """Return True if oneDNN is the one to compute products of `dtype` on this CPU."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(dtype == torch.float32 and _products().fp32_precision == "bf16")
+
+
 def _products() -> Any:
     # The module puts an object in its own place when it is imported, which mypy cannot see.
     return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]

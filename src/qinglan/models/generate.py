@@ -26,6 +26,7 @@ from qinglan.models.constraints import Constraint, forced_prefix, one_of, one_of
 from qinglan.models.engine import Engine, Request, Sample, decode_text
 from qinglan.models.kv_cache import SlotCache
 from qinglan.models.language_model import LanguageModel, max_context, vocabulary_size
+from qinglan.models.packed import packed_bytes
 from qinglan.models.row_memory import RowMemory, dtype_of_keys, make_row_memory, model_facts
 from qinglan.models.sampling import SamplingConfig
 
@@ -42,6 +43,9 @@ __all__ = [
     "one_of_after",
     "sample_completions",
 ]
+
+MIN_PACKED_STEPS = 16
+"""Steps of decoding from which on packing the weights pays (on a CPU)."""
 
 
 def generate(
@@ -186,7 +190,10 @@ def _memory_for(
     kept = facts.bytes_per_token * width
     per_row = kept + per_token * vocabulary_size(lm.model)
     parked = kept if num_samples > 1 else 0
-    num_rows = ((config.memory_budget_mib << 20) - parked) // per_row
+    budget = config.memory_budget_mib << 20
+    copies = packed_bytes(lm.model, lm.device.compute_dtype)
+    is_packed = 0 < copies <= budget // 4 and config.max_new_tokens >= MIN_PACKED_STEPS
+    num_rows = (budget - parked - (copies if is_packed else 0)) // per_row
     if num_rows <= 0:
         raise InputError(
             f"memory_budget_mib: {config.memory_budget_mib} MiB hold no row; a row of {width} tokens takes "
@@ -194,8 +201,11 @@ def _memory_for(
         )
     num_slots = min(num_rows, config.max_rows, len(requests) * num_samples)
     memory = make_row_memory(lm.model, facts, num_slots + (1 if parked else 0), width, dtype)
-    if config.cuda_graphs and isinstance(memory, SlotCache):
-        memory.record_steps(num_slots, lm.name)
+    if isinstance(memory, SlotCache):
+        if config.cuda_graphs:
+            memory.record_steps(num_slots, lm.name)
+        if is_packed:
+            memory.pack_products(num_slots, lm.device.compute_dtype)
     return memory, num_slots
 
 

@@ -24,7 +24,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 from qinglan.models.cuda_graph import Space
 from qinglan.models.decode_graphs import DecodeGraphs
 from qinglan.models.language_model import max_context
-from qinglan.models.trunk import is_written_out, trunk_states
+from qinglan.models.packed import pack_products
+from qinglan.models.trunk import Products, is_written_out, trunk_states
 
 ROW_STEP, COLUMN_STEP = 16, 128
 """On a CPU: live rows are filled up to a multiple of the first, and buffers grow by the second."""
@@ -174,6 +175,7 @@ class SlotCache(Cache):
         self.plan = plan
         self.mask_dtype = dtype or model.dtype
         self.graphs: DecodeGraphs | None = None
+        self.products: Sequence[Products] = ()
 
     def record_steps(self, num_slots: int, name: str) -> None:
         """Decode by CUDA graphs where the model is on a GPU; rows live in the first `num_slots` slots."""
@@ -189,6 +191,10 @@ class SlotCache(Cache):
             return method(tokens, positions, width)
 
         self.graphs = DecodeGraphs(step, num_slots, self.slot_layers[0].capacity, space)
+
+    def pack_products(self, num_rows: int, dtype: torch.dtype) -> None:
+        """Decode with packed copies of the weights (`packed.packed_bytes` says what they take)."""
+        self.products = pack_products(self.model, num_rows, dtype)
 
     def values_per_token(self) -> int:
         """Return how many numbers one token of one row takes; the model must have run once."""
@@ -253,7 +259,8 @@ class SlotCache(Cache):
             layer.place = place
         masks = self.plan.masks(distance, self.mask_dtype)
         if isinstance(masks, Tensor) and is_written_out(self.model):
-            return trunk_states(self.model, input_ids, position_ids, masks, cache=self)
+            products = () if place.positions is None else self.products
+            return trunk_states(self.model, input_ids, position_ids, masks, cache=self, products=products)
         output = self.model.base_model(
             input_ids=input_ids,
             attention_mask=masks,

@@ -14,8 +14,8 @@ The modules stay `transformers`' own and are called as they are, adapters includ
 Letters: B rows, T columns, H heads, K units of a head, D hidden units, M places whose states are asked for.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +85,7 @@ def trunk_states(
     *,
     cache: Cache | None = None,
     places: Int[Tensor, " M"] | None = None,
+    products: Sequence["Products"] = (),
 ) -> Float[Tensor, "B T D"] | Float[Tensor, "M D"]:
     """Return the last hidden states, behind the final norm, as `transformers` gives them.
 
@@ -95,6 +96,7 @@ def trunk_states(
         mask: what `attention.attention` takes; None: causal, and where positions start again, a sequence of its own.
         cache: keys and values of earlier tokens, to which these are added.
         places: numbers row * T + column of the states that are asked for; default: all.
+        products: what stands in for the layers' matrices (`packed.py`).
     """
     trunk: Any = model.base_model
     states = trunk.embed_tokens(input_ids)
@@ -107,9 +109,9 @@ def trunk_states(
     blocks = attention.plan_blocks(mask, length, length, dtype) if in_blocks else None
     early = places if places is not None and len(places) < input_ids.numel() else None
     layers = trunk.layers[: model.config.num_hidden_layers]
-    for index, layer in enumerate(layers):
+    for index, (layer, own) in enumerate(zip(layers, products or map(Products.of, layers), strict=True)):
         block = layer.self_attn
-        query, key, value = _heads(block, normalize(layer.input_layernorm, states, dtype), rotation)
+        query, key, value = _heads(block, own.heads(normalize(layer.input_layernorm, states, dtype)), rotation)
         if blocks is not None:
             mixed = attention.block_attention(query, key, value, blocks, block.scaling).transpose(1, 2)
         else:
@@ -119,8 +121,8 @@ def trunk_states(
         mixed = mixed.flatten(2)
         if early is not None and index == len(layers) - 1:
             states, mixed = (part.flatten(0, 1).index_select(0, early) for part in (states, mixed))
-        states = states + block.o_proj(mixed)
-        states = states + layer.mlp(normalize(layer.post_attention_layernorm, states, dtype))
+        states = states + own.output(mixed)
+        states = states + own.mlp(normalize(layer.post_attention_layernorm, states, dtype))
     states = normalize(trunk.norm, states, states.dtype)
     return states if places is None or early is not None else states.flatten(0, 1).index_select(0, places)
 
@@ -169,10 +171,26 @@ def packed_mask(position_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"] | N
     return ((segments[:, :, None] == segments[:, None]) & is_causal)[:, None]
 
 
-def _heads(block: Any, normed: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+class Products(NamedTuple):
+    """The products of a layer: from normed states to queries, keys and values; from mixed values; the MLP."""
+
+    heads: Callable[[Tensor], Sequence[Tensor]]
+    output: Callable[[Tensor], Tensor]
+    mlp: Callable[[Tensor], Tensor]
+
+    @staticmethod
+    def of(layer: Any) -> "Products":
+        """Return those of the modules as they are, adapters included."""
+        block = layer.self_attn
+        matrices = (block.q_proj, block.k_proj, block.v_proj)
+        return Products(lambda normed: [matrix(normed) for matrix in matrices], block.o_proj, layer.mlp)
+
+
+def _heads(
+    block: Any, heads: Sequence[Float[Tensor, "B T _"]], rotation: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values, [B, H, T, K], queries and keys rotated."""
-    shape = (*normed.shape[:2], -1, block.head_dim)
-    query, key, value = (matrix(normed).view(shape) for matrix in (block.q_proj, block.k_proj, block.v_proj))
+    query, key, value = (one.view(*one.shape[:2], -1, block.head_dim) for one in heads)
     if hasattr(block, "q_norm"):
         query, key = (normalize(norm, x, x.dtype) for norm, x in ((block.q_norm, query), (block.k_norm, key)))
     return rotate(query, *rotation), rotate(key, *rotation), value.transpose(1, 2)
