@@ -14,7 +14,7 @@ from qinglan.models.language_model import (
     target_logprobs,
     target_states,
 )
-from qinglan.models.tokens import collate
+from qinglan.models.tokens import collate, plan_rows
 
 
 def make_sequence(length: int, number: int = 0) -> TokenSequence:
@@ -47,6 +47,30 @@ def test_packing_fills_the_gaps():
 def test_a_sequence_beyond_the_budget_stands_alone():
     batches = make_batches([make_sequence(3), make_sequence(50), make_sequence(4)], max_tokens=16, pack=True)
     assert [tuple(batch.input_ids.shape) for batch in batches] == [(1, 50), (2, 4)]
+
+
+def test_batches_for_several_workers_are_even():
+    # In 40 tokens stand ten sequences of 4. Fourteen make two batches: of ten and four, or of seven each.
+    assert [len(rows) for rows in plan_rows([4] * 14, 40, pack=False)] == [10, 4]
+    assert [len(rows) for rows in plan_rows([4] * 14, 40, pack=False, multiple_of=2)] == [7, 7]
+    # Eight in a budget for ten make one batch, and with two workers two.
+    assert [len(rows) for rows in plan_rows([4] * 8, 40, pack=False, multiple_of=2)] == [4, 4]
+    assert plan_rows([7], 40, pack=False, multiple_of=2) == [[[0]]]  # one sequence is not cut
+    assert plan_rows([], 40, pack=False, multiple_of=2) == []
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), max_size=30), max_tokens=st.integers(1, 200), pack=st.booleans(),
+    workers=st.integers(2, 4),
+)  # fmt: skip
+def test_even_batches_hold_every_sequence_within_the_budget(lengths, max_tokens, pack, workers):
+    plan = plan_rows(lengths, max_tokens, pack, multiple_of=workers)
+    assert sorted(i for rows in plan for row in rows for i in row) == list(range(len(lengths)))
+    fewest = len(plan_rows(lengths, max_tokens, pack))
+    assert fewest <= len(plan) <= -(-fewest // workers) * workers or not lengths
+    for rows in plan:
+        columns = max(sum(lengths[i] for i in row) for row in rows)
+        assert len(rows) == 1 or len(rows) * columns <= max_tokens
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,6 +15,7 @@ Letters: G prompts (rows), T columns, S completions in all, N tokens of completi
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 
 from qinglan.models import attention
 from qinglan.models.language_model import token_logprobs
-from qinglan.models.trunk import is_written_out, states_of_batch
+from qinglan.models.trunk import are_rows_smaller, is_written_out, states_in_rows, states_of_batch
 
 ARCHITECTURES = frozenset({"gemma", "gpt2", "llama", "mistral", "qwen2", "qwen3"})
 """Values of `config.model_type` for which the tests show that a tree row equals separate rows."""
@@ -45,8 +46,8 @@ class TreeBatch(NamedTuple):
 
     input_ids: Int[Tensor, "G T"]
     position_ids: Int[Tensor, "G T"]
-    may_attend: Bool[Tensor, "G 1 T T"]
-    """True where the token of the row (third dimension) sees the token of the column (fourth)."""
+    branches: Int[Tensor, "G T"]
+    """0 the prompt, k >= 1 a completion, -1 padding."""
     end_rows: Int[Tensor, " S"]
     end_columns: Int[Tensor, " S"]
     """Place of each completion's last token, tree by tree in order."""
@@ -57,6 +58,17 @@ class TreeBatch(NamedTuple):
     """Column of the token before it: for a completion's first token that is the prompt's last."""
     owners: Int[Tensor, " N"]
     """Number of the completion that the token belongs to."""
+    paths: tuple[np.ndarray, ...]
+    """For each completion the places, row * T + column, of the prompt's tokens and its own."""
+
+    @property
+    def may_attend(self) -> Bool[Tensor, "G 1 T T"]:
+        """True where the token of the row (third dimension) sees the token of the column (fourth)."""
+        width, branches = self.branches.shape[1], self.branches
+        is_causal = torch.ones(width, width, dtype=torch.bool, device=branches.device).tril()
+        same_branch = branches[:, :, None] == branches[:, None, :]
+        # Padding is a branch of its own, so that no softmax is over nothing; no real token sees it.
+        return (is_causal & (same_branch | (branches == 0)[:, None, :]))[:, None]
 
 
 def can_share_prompt(model: PreTrainedModel) -> bool:
@@ -77,7 +89,8 @@ def make_tree_batch(trees: Sequence[PromptTree], device: torch.device) -> TreeBa
     width = max(tree.num_tokens for tree in trees)
     input_ids = torch.zeros(len(trees), width, dtype=torch.int64)
     position_ids = torch.zeros_like(input_ids)
-    branches = torch.full_like(input_ids, -1)  # 0 the prompt, k >= 1 a completion, -1 padding
+    branches = torch.full_like(input_ids, -1)
+    paths = []
     ends: list[tuple[int, int]] = []
     targets: list[tuple[int, int, int, int]] = []
     for row, tree in enumerate(trees):
@@ -92,14 +105,23 @@ def make_tree_batch(trees: Sequence[PromptTree], device: torch.device) -> TreeBa
                 before = [len(tree.prompt_ids) - 1, *range(column, column + len(ids) - 1)]
                 targets += [(row, column + k, before[k], len(ends)) for k in range(len(ids))]
                 ends.append((row, column + len(ids) - 1))
+                own = np.r_[: len(tree.prompt_ids), column : column + len(ids)]
+                paths.append(own + row * width)
             column += len(ids)
-    is_causal = torch.ones(width, width, dtype=torch.bool).tril()
-    same_branch = branches[:, :, None] == branches[:, None, :]
-    # Padding is a branch of its own, so that no softmax is over nothing; no real token sees it.
-    may_attend = is_causal & (same_branch | (branches == 0)[:, None, :])
     rows, columns = torch.tensor(ends).unbind(dim=1)
-    batch = TreeBatch(input_ids, position_ids, may_attend[:, None], rows, columns, *torch.tensor(targets).unbind(dim=1))
-    return TreeBatch(*(tensor.to(device) for tensor in batch))
+    target_rows, target_columns, predicting_columns, owners = torch.tensor(targets, device=device).unbind(dim=1)
+    return TreeBatch(
+        input_ids.to(device),
+        position_ids.to(device),
+        branches.to(device),
+        end_rows=rows.to(device),
+        end_columns=columns.to(device),
+        target_rows=target_rows,
+        target_columns=target_columns,
+        predicting_columns=predicting_columns,
+        owners=owners,
+        paths=tuple(paths),
+    )
 
 
 def tree_states(
@@ -108,6 +130,8 @@ def tree_states(
     """Return the trunk's last hidden states at some places; gradients flow."""
     places = rows * batch.input_ids.shape[1] + columns
     if is_written_out(model):
+        if are_rows_smaller([len(path) for path in batch.paths], batch.input_ids.shape):
+            return states_in_rows(model, batch.input_ids, batch.position_ids, batch.paths, places)
         return states_of_batch(model, batch.input_ids, batch.position_ids, batch.may_attend, places)
     output = model.base_model(
         input_ids=batch.input_ids,

@@ -17,6 +17,7 @@ Letters: B rows, T columns, H heads, K units of a head, D hidden units, M places
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from qinglan.models import attention
+from qinglan.models.attention_rows import AttentionRows, attention_rows
 
 ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Values of `config.model_type`."""
@@ -85,6 +87,7 @@ def trunk_states(
     *,
     cache: Cache | None = None,
     places: Int[Tensor, " M"] | None = None,
+    rows: AttentionRows | None = None,
     products: Sequence["Products"] = (),
 ) -> Float[Tensor, "B T D"] | Float[Tensor, "M D"]:
     """Return the last hidden states, behind the final norm, as `transformers` gives them.
@@ -96,29 +99,33 @@ def trunk_states(
         mask: what `attention.attention` takes; None: causal, and where positions start again, a sequence of its own.
         cache: keys and values of earlier tokens, to which these are added.
         places: numbers row * T + column of the states that are asked for; default: all.
+        rows: what attention sees, where `input_ids` are one list of tokens (B = 1).
         products: what stands in for the layers' matrices (`packed.py`).
     """
     trunk: Any = model.base_model
     states = trunk.embed_tokens(input_ids)
-    rotation = trunk.rotary_emb(states, position_ids)
-    dtype, length = attention.product_dtype(states), input_ids.shape[1]
-    if mask is None and cache is None:
+    if rows is not None:
+        position_ids = position_ids[0][rows.tokens]
+    elif mask is None and cache is None:
         mask = packed_mask(position_ids)
-    shape = (len(input_ids), model.config.num_attention_heads, length)
+    rotation = trunk.rotary_emb(states, position_ids)
+    dtype, length = attention.product_dtype(states), position_ids.shape[1]
+    shape = (len(position_ids), model.config.num_attention_heads, length)
     in_blocks = cache is None and attention.pays(shape, length, dtype)
     blocks = attention.plan_blocks(mask, length, length, dtype) if in_blocks else None
     early = places if places is not None and len(places) < input_ids.numel() else None
     layers = trunk.layers[: model.config.num_hidden_layers]
     for index, (layer, own) in enumerate(zip(layers, products or map(Products.of, layers), strict=True)):
         block = layer.self_attn
-        query, key, value = _heads(block, own.heads(normalize(layer.input_layernorm, states, dtype)), rotation)
+        heads = own.heads(normalize(layer.input_layernorm, states, dtype))
+        query, key, value = _attended(block, heads, rotation, rows)
         if blocks is not None:
             mixed = attention.block_attention(query, key, value, blocks, block.scaling).transpose(1, 2)
         else:
             if cache is not None:
                 key, value = cache.update(key, value, index)
             mixed, _ = attention.attention(block, query, key, value, mask, scaling=block.scaling)
-        mixed = mixed.flatten(2)
+        mixed = mixed.flatten(2) if rows is None else rows.collect(mixed, input_ids.shape[1])
         if early is not None and index == len(layers) - 1:
             states, mixed = (part.flatten(0, 1).index_select(0, early) for part in (states, mixed))
         states = states + own.output(mixed)
@@ -155,6 +162,33 @@ def states_of_batch(
     return trunk_states(model, input_ids, position_ids, mask, places=F.pad(moved, (0, more)))[: len(places)]
 
 
+def states_in_rows(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "B T"],
+    position_ids: Int[Tensor, "B T"],
+    paths: Sequence[np.ndarray],
+    places: Int[Tensor, " M"],
+) -> Float[Tensor, "M D"]:
+    """Return `states_of_batch` at `places`, worked out on the tokens of `paths` alone (`attention_rows.py`)."""
+    longest, context = max(map(len, paths)), getattr(model.config, "max_position_embeddings", None)
+    width = min(filled_up(longest), max(longest, context or filled_up(longest)))
+    rows, numbers = attention_rows(paths, input_ids.numel(), width)
+    shown = torch.from_numpy(np.flatnonzero(numbers >= 0))
+    more = filled_up(len(shown)) - len(shown)
+    tokens, positions = (F.pad(one.flatten()[shown], (0, more))[None] for one in (input_ids, position_ids))
+    more = max(0, min(filled_up(len(places)), tokens.numel()) - len(places))
+    wanted = F.pad(torch.from_numpy(numbers)[places], (0, more))
+    return trunk_states(model, tokens, positions, rows=rows, places=wanted)[: len(places)]
+
+
+def are_rows_smaller(lengths: Sequence[int], shape: Sequence[int]) -> bool:
+    """Return True if attention has at most half as much to do in rows of these lengths as in a rectangle [B, T].
+
+    Setting tokens into rows takes time too, and of a rectangle blocks skip what no query sees (docs/engine.md).
+    """
+    return 2 * len(lengths) * max(lengths) ** 2 <= shape[0] * shape[1] ** 2
+
+
 def filled_up(number: int) -> int:
     """Return the next number that has at most five binary digits and zeros behind them; it is less than 1/16 more."""
     step = 1 << max(0, number.bit_length() - 5)
@@ -186,11 +220,15 @@ class Products(NamedTuple):
         return Products(lambda normed: [matrix(normed) for matrix in matrices], block.o_proj, layer.mlp)
 
 
-def _heads(
-    block: Any, heads: Sequence[Float[Tensor, "B T _"]], rotation: tuple[Tensor, Tensor]
+def _attended(
+    block: Any,
+    heads: Sequence[Float[Tensor, "B T _"]],
+    rotation: tuple[Tensor, Tensor],
+    rows: AttentionRows | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values, [B, H, T, K], queries and keys rotated."""
-    query, key, value = (one.view(*one.shape[:2], -1, block.head_dim) for one in heads)
+    parts = (one.view(*one.shape[:2], -1, block.head_dim) for one in heads)
+    query, key, value = parts if rows is None else map(rows.spread, parts)
     if hasattr(block, "q_norm"):
         query, key = (normalize(norm, x, x.dtype) for norm, x in ((block.q_norm, query), (block.k_norm, key)))
     return rotate(query, *rotation), rotate(key, *rotation), value.transpose(1, 2)

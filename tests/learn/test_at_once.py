@@ -1,0 +1,56 @@
+"""Every trainer with micro-batches that run at the same time: the weights of one by one, and equal bits every time."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_lora import TRAINERS, weights_of
+from test_resume import SHORT
+from tiny_world import make_lm, make_stage
+
+from qinglan.core import workers
+from qinglan.models import trunk
+from qinglan.models.adapters import EVERY_WEIGHT
+from qinglan.models.language_model import LanguageModel
+from qinglan.models.trunk import num_at_once
+
+
+def train(name: str, directory: Any) -> dict[str, torch.Tensor]:
+    return weights_of(TRAINERS[name](make_lm(), make_stage(directory, name), EVERY_WEIGHT, **SHORT[name]))
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainers_give_the_same_weights(name, tmp_path, monkeypatch):
+    expected = train(name, tmp_path / "one")
+    monkeypatch.setattr(trunk, "MIN_TOKENS", 16)
+    numbers = []
+    pool = workers.ThreadPoolExecutor
+    monkeypatch.setattr(workers, "ThreadPoolExecutor", lambda n, **named: numbers.append(n) or pool(n, **named))
+    torch.set_num_threads(3)
+    try:
+        found, again = train(name, tmp_path / "three"), train(name, tmp_path / "again")
+    finally:
+        torch.set_num_threads(1)
+    assert max(numbers) > 1
+    for key, weight in expected.items():
+        assert torch.equal(found[key], again[key])
+        torch.testing.assert_close(found[key], weight, atol=2e-4, rtol=2e-3)
+
+
+def test_how_many_run_at_the_same_time(monkeypatch):
+    lm: LanguageModel = make_lm()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert num_at_once([lm.model], 10_000, max_tokens=8192) == 4
+    assert num_at_once([lm.model], 10_000, max_tokens=2048) == 2  # of 1,024 tokens each
+    assert num_at_once([lm.model], 1500, max_tokens=8192) == 1
+    assert num_at_once([lm.model], 10, max_tokens=10) == 1
+    monkeypatch.setattr(trunk, "MAX_WEIGHTS", 1000)
+    assert num_at_once([lm.model], 10_000, max_tokens=8192) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert num_at_once([make_lm("gpt2").model], 10_000, max_tokens=8192) == 1
+    handle = lm.model.base_model.layers[0].register_forward_hook(lambda *_: None)
+    assert num_at_once([lm.model], 10_000, max_tokens=8192) == 1
+    handle.remove()
+    lm.model.base_model.rotary_emb.rope_type = "dynamic"  # its frequencies move with the length of what it saw
+    assert num_at_once([lm.model], 10_000, max_tokens=8192) == 1
