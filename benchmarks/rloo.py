@@ -15,7 +15,7 @@ EPISODES, STEP_EPISODES, K, NEW_TOKENS = 64, 64, 4, 64
 ITERATIONS = {"llama": 4, "mini": 1, "base": 1}
 """Of one slice, on both sides."""
 OURS: dict[str, list[dict[str, Any]]] = {
-    "llama": [{"max_tokens": 1024}, {"max_tokens": 2048}, {"max_tokens": 8192}],
+    "llama": [{"max_tokens": 1024}, {"max_tokens": 2048}, {"max_tokens": 4096}],
     "mini": [{"max_tokens": 2048}],
     "base": [{"max_tokens": 2048}],
 }

@@ -14,7 +14,7 @@ MUST_REACH, AIM = 2.5, 4.0
 STEP_SEQUENCES = 32
 BLOCK = {"llama": 1024, "mini": 256, "base": 256}
 OURS: dict[str, list[dict[str, Any]]] = {
-    "llama": [{"pack": pack, "max_tokens": tokens} for pack in (True, False) for tokens in (1024, 4096)],
+    "llama": [{"pack": pack, "max_tokens": tokens} for pack in (True, False) for tokens in (1024, 2048)],
     "mini": [{"pack": False, "max_tokens": 1024}],
     "base": [{"pack": False, "max_tokens": 1024}],
 }

@@ -56,6 +56,18 @@ def test_completions_are_the_same_with_and_without(everywhere, monkeypatch):
         torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=1e-5, rtol=0)
 
 
+def test_the_copies_count_into_the_memory_budget(everywhere, monkeypatch):
+    lm, slots = make_tiny_lm("llama"), []
+    make = generate_module.make_row_memory
+    monkeypatch.setattr(generate_module, "make_row_memory", lambda *inputs: slots.append(inputs[2]) or make(*inputs))
+    for taken in (2**18, 0):  # a quarter of the budget, and nothing
+        monkeypatch.setattr(generate_module, "packed_bytes", lambda *_, taken=taken: taken)
+        generate(lm, [[5, 6, 7]] * 40, SamplingConfig(max_new_tokens=200, memory_budget_mib=1), seed=0)
+    # 2 layers x (8 keys + 8 values) x 4 bytes x 203 tokens, and 24 bytes for each of 267 logits
+    row = 128 * 203 + 24 * 267
+    assert slots == [(2**20 - 2**18) // row, 2**20 // row]
+
+
 def test_few_steps_and_small_budgets_go_without(everywhere, monkeypatch):
     lm = make_tiny_lm("llama")
     monkeypatch.setattr(kv_cache, "pack_products", lambda *_: pytest.fail("packed"))
