@@ -62,3 +62,18 @@ def test_an_error_is_raised_and_what_has_not_begun_is_left(four_threads):
         in_order(fail, range(50), at_once=2)
     assert len(begun) < 10
     assert torch.get_num_threads() == 4
+
+
+def test_an_error_while_parts_are_made_starts_none(four_threads):
+    def parts():
+        yield 0
+        raise ValueError("part 1")
+
+    with pytest.raises(ValueError, match="part 1"):
+        in_order(lambda _: pytest.fail("begun"), parts(), at_once=2)
+
+
+def test_threads_do_not_share_rounded_weights(four_threads):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert in_order(lambda _: torch.is_autocast_cache_enabled(), range(2), at_once=2) == [False, False]
+        assert torch.is_autocast_cache_enabled()

@@ -56,24 +56,22 @@ def test_completions_are_the_same_with_and_without(everywhere, monkeypatch):
         torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=1e-5, rtol=0)
 
 
-def test_the_copies_count_into_the_memory_budget(everywhere, monkeypatch):
-    lm, slots = make_tiny_lm("llama"), []
-    make = generate_module.make_row_memory
-    monkeypatch.setattr(generate_module, "make_row_memory", lambda *inputs: slots.append(inputs[2]) or make(*inputs))
-    for taken in (2**18, 0):  # a quarter of the budget, and nothing
-        monkeypatch.setattr(generate_module, "packed_bytes", lambda *_, taken=taken: taken)
-        generate(lm, [[5, 6, 7]] * 40, SamplingConfig(max_new_tokens=200, memory_budget_mib=1), seed=0)
+def test_the_copies_take_what_room_rows_leave(everywhere, monkeypatch):
+    lm, calls = make_tiny_lm("llama"), []
+    pack = kv_cache.pack_products
+    monkeypatch.setattr(kv_cache, "pack_products", lambda *inputs: calls.append(inputs) or pack(*inputs))
+    config = SamplingConfig(max_new_tokens=200, memory_budget_mib=1)
     # 2 layers x (8 keys + 8 values) x 4 bytes x 203 tokens, and 24 bytes for each of 267 logits
     row = 128 * 203 + 24 * 267
-    assert slots == [(2**20 - 2**18) // row, 2**20 // row]
+    for taken in (2**20 - 10 * row, 2**20 - 10 * row + 1):
+        monkeypatch.setattr(generate_module, "packed_bytes", lambda *_, taken=taken: taken)
+        generate(lm, [[5, 6, 7]] * 10, config, seed=0)
+    assert len(calls) == 1
 
 
-def test_few_steps_and_small_budgets_go_without(everywhere, monkeypatch):
-    lm = make_tiny_lm("llama")
+def test_few_steps_go_without(everywhere, monkeypatch):
     monkeypatch.setattr(kv_cache, "pack_products", lambda *_: pytest.fail("packed"))
-    generate(lm, PROMPTS, SamplingConfig(max_new_tokens=15), seed=0)
-    monkeypatch.setattr(generate_module, "packed_bytes", lambda *_: 2**29)  # more than a quarter of the budget
-    generate(lm, PROMPTS, SamplingConfig(max_new_tokens=20), seed=0)
+    generate(make_tiny_lm("llama"), PROMPTS, SamplingConfig(max_new_tokens=15), seed=0)
 
 
 def test_what_is_no_plain_matrix_is_not_packed(everywhere, tmp_path):
@@ -84,6 +82,10 @@ def test_what_is_no_plain_matrix_is_not_packed(everywhere, tmp_path):
     assert packed_bytes(trainable_copy(lm.model, LoRAConfig(rank=2), seed=0), torch.float32) == 0
     with residual_dropout(lm.model, 0.5, seed=0):
         assert packed_bytes(lm.model, torch.float32) == 0
+    for part in (lm.model.base_model.layers[1].mlp, lm.model.base_model.layers[0].self_attn.k_proj):
+        handle = part.register_forward_hook(lambda *_: None)
+        assert packed_bytes(lm.model, torch.float32) == 0
+        handle.remove()
     assert packed_bytes(make_tiny_lm("gpt2").model, torch.float32) == 0
     assert packed_bytes(lm.model, torch.bfloat16) == 0  # of another precision than the fixture allows
 

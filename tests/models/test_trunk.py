@@ -67,9 +67,10 @@ def test_the_last_layer_is_worked_out_where_a_state_is_asked_for_and_nowhere_els
     for layer in lm.model.base_model.layers:
         layer.mlp.register_forward_hook(lambda _module, inputs, _output: sizes.append(inputs[0][..., 0].numel()))
     batch = collate(make_sequences(lm))
-    num_targets, num_columns = int(batch.target_mask.sum()), batch.input_ids.numel()
+    num_real, num_targets = filled_up(int(batch.real_mask.sum())), filled_up(int(batch.target_mask.sum()))
     target_states(lm.model, batch)
-    assert sizes == [num_columns] * (len(sizes) - 1) + [filled_up(num_targets)] and sizes[-1] < num_columns
+    assert sizes == [num_real] * (len(sizes) - 1) + [num_targets]
+    assert num_targets < num_real < batch.input_ids.numel()  # half of these rows is padding
 
 
 def test_a_tree_of_completions_has_the_states_of_transformers():

@@ -46,6 +46,7 @@ class Device(NamedTuple):
         elif dtype == "bfloat16" and torch_device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             print("--dtype bfloat16: this processor has no bf16 products, float32 would be faster", file=sys.stderr)
         if torch_device.type == "cpu":
+            torch.set_num_threads(torch.get_num_threads())  # the first call changes how MKL counts; not amid a run
             choose_products()
             keep_freed_memory()
         return Device(torch_device, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
@@ -65,7 +66,7 @@ def choose_products() -> None:
     """
     products = _products()
     before = products.fp32_precision
-    if not (_is_amd() and torch.backends.cpu.get_cpu_capability() == "AVX512") or before == "bf16":
+    if not _is_faster_by_onednn() or before == "bf16":
         return
     products.fp32_precision = "bf16"
     numbers = torch.arange(64.0 * 64).view(64, 64).sin()  # in (-1, 1): fp32 is off by 1e-6, bf16 by 1e-2
@@ -102,12 +103,16 @@ def has_packed_products(dtype: torch.dtype) -> bool:
     """Return True if oneDNN is the one to compute products of `dtype` on this CPU."""
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return bool(dtype == torch.float32 and _products().fp32_precision == "bf16")
+    return dtype == torch.float32 and _is_faster_by_onednn()
 
 
 def _products() -> Any:
     # The module puts an object in its own place when it is imported, which mypy cannot see.
     return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
+def _is_faster_by_onednn() -> bool:
+    return _is_amd() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _is_amd() -> bool:

@@ -60,7 +60,7 @@ from qinglan.models.classifier import (
     set_direction,
 )
 from qinglan.models.language_model import LanguageModel
-from qinglan.models.trunk import num_at_once
+from qinglan.models.trunk import num_at_once, share_of_budget
 
 MeasureTruth = Callable[[TextClassifier], Mapping[str, float]]
 """What the recipe measures along training, by name; with `keep` "oracle" the largest "oracle" decides."""
@@ -277,8 +277,9 @@ def update(
     """Take one optimizer step at the rate that is set; return metrics and buffer. Raises `InputError` if not finite."""
     optimizer.zero_grad()
     weak = torch.tensor([example.target for example in examples])
-    at_once = num_at_once([classifier.model], sum(map(_num_tokens, examples)), config.max_tokens)
-    parts = micro_batches(examples, config.max_tokens // at_once)
+    units = [_num_tokens(example) for example in examples]
+    at_once = num_at_once([classifier.model], classifier.device, units, config.max_tokens)
+    parts = micro_batches(examples, share_of_budget(units, config.max_tokens, at_once))
     metrics: dict[str, float] = {}
     threshold, predictions = 0.0, []
     if config.loss == "confidence":
@@ -302,7 +303,8 @@ def update(
         backward(part_loss)
         return part_loss.item(), float(((logits > 0) == (labels > 0.5)).sum())
 
-    loss, num_agreeing = map(sum, zip(*accumulate([classifier.model], parts, of_part, at_once), strict=True))
+    found = accumulate([classifier.model], parts, of_part, at_once)
+    loss, num_agreeing = sum(one for one, _ in found), sum(agreeing for _, agreeing in found)
     check_finite(loss, "the loss", where)
     grad_norm = check_finite(
         clip_gradients(classifier.model, config.optimizer.max_grad_norm), "the gradient's norm", where

@@ -217,7 +217,7 @@ def reference_logprobs(lm: LanguageModel, groups: Sequence[EncodedGroup], config
         for group, values in zip(part, group_logprobs(lm, part, config).cpu().split(sizes), strict=True):
             found[places[id(group)]] = values
 
-    in_order(of_part, *parts_at_once(lm.model, groups, config.max_tokens, config.lora))
+    in_order(of_part, *parts_at_once(lm, groups, config.max_tokens, config.lora))
     return torch.cat(found)
 
 
@@ -381,7 +381,7 @@ def update(
         backward(found.loss)
         return found.tally
 
-    parts, at_once = parts_at_once(policy.model, groups, config.max_tokens, config.lora)
+    parts, at_once = parts_at_once(policy, groups, config.max_tokens, config.lora)
     tally = reduce(Tally.add, accumulate([policy.model], enumerate(parts), of_part, at_once), Tally())
     check_finite(tally.loss, "the loss", where)
     grad_norm = check_finite(clip_gradients(policy.model, config.optimizer.max_grad_norm), "the gradient's norm", where)
@@ -394,7 +394,7 @@ def evaluate_groups(policy: LanguageModel, groups: Sequence[EncodedGroup], confi
     """Return loss, accuracy, margin and log-ratios on held-out groups; nothing if there are no groups."""
     if not groups:
         return {}
-    parts = parts_at_once(policy.model, groups, config.max_tokens, config.lora)
+    parts = parts_at_once(policy, groups, config.max_tokens, config.lora)
     tallies = in_order(lambda part: policy_loss(policy, part, len(groups), config).tally, *parts)
     found = reduce(Tally.add, tallies, Tally()).metrics(config)
     return {f"valid_{name}": value for name, value in found.items() if name != "pairs"}

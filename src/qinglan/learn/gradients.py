@@ -60,6 +60,6 @@ class _Sums:
             while self.next in self.waiting:
                 for gradients in self.waiting.pop(self.next):
                     for weight, gradient in zip(self.weights, gradients, strict=True):
-                        if gradient is not None:
+                        if gradient is not None:  # a tensor of its own: no weight here is only added to another
                             weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
                 self.next += 1

@@ -36,7 +36,7 @@ from qinglan.learn.ppo_config import PPOConfig
 from qinglan.learn.rollout import Rollout
 from qinglan.learn.sft import PretrainSource
 from qinglan.models import heads
-from qinglan.models.completion_rows import CompletionBatch, make_completion_batches, num_tokens_of, states_before
+from qinglan.models.completion_rows import CompletionBatch, lengths_of, make_completion_batches, states_before
 from qinglan.models.heads import ScalarModel, scalar_model_from, token_values
 from qinglan.models.language_model import (
     LanguageModel,
@@ -280,7 +280,7 @@ def accumulate_gradients(
             worst_ratio_error=float(errors.max()),
         )
 
-    at_once = num_at_once(models, num_tokens_of(rollout.sequences, chosen), config.max_tokens)
+    at_once = num_at_once(models, policy.device, lengths_of(rollout.sequences, chosen), config.max_tokens)
     batches = make_completion_batches(
         rollout.sequences, chosen, models,
         max_tokens=config.max_tokens // at_once, pack=config.pack, multiple_of=at_once,
@@ -311,7 +311,7 @@ def accumulate_ptx_gradients(policy: LanguageModel, token_ids: Sequence[list[int
         backward(config.ptx_coef * loss)
         return float(loss.detach())
 
-    at_once = num_at_once([policy.model], num_tokens, config.max_tokens)
+    at_once = num_at_once([policy.model], policy.device, [len(one.token_ids) for one in sequences], config.max_tokens)
     batches = make_batches(sequences, max_tokens=config.max_tokens // at_once, pack=True, multiple_of=at_once)
     return sum(accumulate([policy.model], batches, of_batch, at_once))
 

@@ -19,7 +19,6 @@ from typing import Literal, NamedTuple, Protocol, Self, get_args
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qinglan.core.config import Config
 from qinglan.core.errors import InputError, nearest
@@ -56,7 +55,7 @@ from qinglan.models.heads import (
 )
 from qinglan.models.language_model import LanguageModel, TokenSequence, max_context
 from qinglan.models.prompt_sharing import PromptTree, can_share_prompt, make_tree_batch, tree_end_states
-from qinglan.models.trunk import num_at_once
+from qinglan.models.trunk import num_at_once, share_of_budget
 
 
 class RewardConfig(Config):
@@ -264,7 +263,7 @@ def update(
         backward(result.loss)
         return result._replace(loss=result.loss.detach())
 
-    parts, at_once = parts_at_once(scalar.model, groups, config.max_tokens, config.lora)
+    parts, at_once = parts_at_once(scalar, groups, config.max_tokens, config.lora)
     results = accumulate([scalar.model], enumerate(parts), of_part, at_once)
     loss, num_decided = sum(result.loss.item() for result in results), sum(result.num_decided for result in results)
     num_correct, num_pairs = sum(r.num_correct.item() for r in results), sum(len(group.pairs) for group in groups)
@@ -277,12 +276,12 @@ def update(
 
 
 def parts_at_once(
-    model: PreTrainedModel, groups: Sequence[EncodedGroup], max_tokens: int, lora: LoRAConfig
+    lm: ScalarModel | LanguageModel, groups: Sequence[EncodedGroup], max_tokens: int, lora: LoRAConfig
 ) -> tuple[Iterator[list[EncodedGroup]], int]:
     """Return the groups in parts for a model, and how many of these are computed at the same time."""
-    draws_masks = lora.dropout > 0  # by hooks that all parts would meet
-    at_once = 1 if draws_masks else num_at_once([model], sum(map(num_tokens_of, groups)), max_tokens)
-    return micro_batches(groups, max_tokens // at_once), at_once
+    units, draws_masks = [num_tokens_of(group) for group in groups], lora.dropout > 0  # by hooks that all would meet
+    at_once = 1 if draws_masks else num_at_once([lm.model], lm.device, units, max_tokens)
+    return micro_batches(groups, share_of_budget(units, max_tokens, at_once)), at_once
 
 
 def micro_batches(groups: Sequence[EncodedGroup], max_tokens: int) -> Iterator[list[EncodedGroup]]:
@@ -351,7 +350,7 @@ def evaluate_groups(scalar: ScalarModel, groups: Sequence[EncodedGroup], config:
 
     for source in sorted({group.source for group in groups}):
         chosen = [group for group in groups if group.source == source]
-        results = in_order(loss_of, *parts_at_once(scalar.model, chosen, config.max_tokens, config.lora))
+        results = in_order(loss_of, *parts_at_once(scalar, chosen, config.max_tokens, config.lora))
         correct, decided = sum(r.num_correct.item() for r in results), sum(r.num_decided for r in results)
         if decided:
             metrics[f"valid_accuracy/{source}"] = correct / decided

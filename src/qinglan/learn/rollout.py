@@ -104,7 +104,7 @@ def rollout_logprobs(lm: LanguageModel, rollout: Rollout, temperature: float, ma
             ).logprobs.cpu()
         _put(found, rollout, batch.numbers, scored)
 
-    for_each_batch(of_batch, rollout.sequences, lm.model, max_tokens)
+    for_each_batch(of_batch, rollout.sequences, lm.model, lm.device, max_tokens)
     return found
 
 
@@ -118,7 +118,7 @@ def state_values(value: ScalarModel, rollout: Rollout, max_tokens: int) -> State
             _put(values, rollout, batch.numbers, token_values(value, states.before).cpu())
             end_values[batch.numbers] = token_values(value, states.ends).cpu()
 
-    for_each_batch(of_batch, rollout.sequences, value.model, max_tokens)
+    for_each_batch(of_batch, rollout.sequences, value.model, value.device, max_tokens)
     return StateValues(values, end_values)
 
 

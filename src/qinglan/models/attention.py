@@ -135,6 +135,7 @@ def plan_blocks(mask: Tensor | None, num_queries: int, num_columns: int, dtype: 
     None is causal, with the last query at the last column.
     """
     lowest = torch.finfo(dtype).min
+    mask = None if mask is None else mask.expand(*mask.shape[:3], num_columns)
     blocks = []
     for start in range(0, num_queries, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, num_queries)

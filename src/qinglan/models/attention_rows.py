@@ -1,4 +1,4 @@
-"""Tokens in one list, for attention alone set into rows: every other layer sees each token once, and no padding.
+"""Tokens in one list, set into rows for attention alone: matrices see each token once, and no padding.
 
     tokens   p p p a a a b b       a prompt and two completions
     rows     p p p a a a           what attention sees: each completion behind the prompt, padded on the right
@@ -90,14 +90,16 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         rows, (num_tokens, heads, units) = ctx.rows, ctx.shape
         _, homes = rows.for_heads(heads)
-        found = gradient.new_zeros(num_tokens, heads * units)
+        # Sums over many places are fp32, as inside products.
+        exact = torch.promote_types(gradient.dtype, torch.float32) if len(rows.copies) else gradient.dtype
+        found = gradient.new_zeros(num_tokens, heads * units, dtype=exact)
         at_home = gradient.reshape(-1, units).index_select(0, homes)
         found[: len(rows.homes)] = at_home.view(-1, heads * units)
         if len(rows.copies):
             width = rows.tokens.shape[1]
             more = gradient.transpose(1, 2)[rows.copies // width, rows.copies % width]
-            found.index_add_(0, rows.tokens.flatten()[rows.copies], more.flatten(1))
-        return found.view(ctx.shape), None
+            found.index_add_(0, rows.tokens.flatten()[rows.copies], more.flatten(1).to(exact))
+        return found.to(gradient.dtype).view(ctx.shape), None
 
 
 class _Collect(torch.autograd.Function):

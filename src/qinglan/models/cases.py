@@ -89,7 +89,7 @@ def case_features(lm: LanguageModel, cases: Sequence[Case], max_tokens: int = 81
         for place, state in zip(batch.sequence_rows, ends, strict=True):
             states[place.original] = state
 
-    for_each_padded_batch(of_batch, flat, lm.model, max_tokens)
+    for_each_padded_batch(of_batch, flat, lm.model, lm.device, max_tokens)
     found = iter(states)
     own = [[next(found) for _ in sequences] for sequences in encoded]
     return torch.stack([one[0] if len(one) == 1 else one[0] - one[1] for one in own])

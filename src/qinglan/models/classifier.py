@@ -144,7 +144,7 @@ def sequence_logits(classifier: TextClassifier, sequences: Sequence[TokenSequenc
         with torch.no_grad(), classifier.device.autocast():
             logits[places] = logits_of_batch(classifier, batch).cpu()
 
-    for_each_padded_batch(of_batch, sequences, classifier.model, max_tokens)
+    for_each_padded_batch(of_batch, sequences, classifier.model, classifier.device, max_tokens)
     return logits
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qinglan.core.device import Device
 from qinglan.core.workers import in_order
 from qinglan.models.language_model import TokenBatch, TokenSequence, max_context, states_at
 from qinglan.models.prompt_sharing import PromptTree, TreeBatch, can_share_prompt, make_tree_batch, tree_states
@@ -22,6 +23,8 @@ from qinglan.models.trunk import are_rows_smaller, is_written_out, num_at_once
 
 MOST_LEFT = 15 / 16
 """Tokens with a shared prompt, as a share of those without, up to which sharing pays."""
+MOST_SHOWN = 4
+"""Places in rows of attention for each token; more would take more memory than the budget of tokens promises."""
 
 
 class CompletionBatch(NamedTuple):
@@ -88,11 +91,12 @@ def for_each_batch(
     function: Callable[[CompletionBatch], None],
     sequences: Sequence[TokenSequence],
     model: PreTrainedModel,
+    device: Device,
     max_tokens: int,
 ) -> None:
     """Call `function` with every sequence once, in batches, of which several may run at the same time."""
     everything = range(len(sequences))
-    at_once = num_at_once([model], num_tokens_of(sequences, everything), max_tokens)
+    at_once = num_at_once([model], device, lengths_of(sequences, everything), max_tokens)
     batches = make_completion_batches(
         sequences, everything, [model], max_tokens=max_tokens // at_once, multiple_of=at_once
     )
@@ -141,9 +145,9 @@ def _states_at(model: PreTrainedModel, rows: TokenBatch | TreeBatch, numbers: Te
     return states_at(model, rows, numbers, columns)
 
 
-def num_tokens_of(sequences: Sequence[TokenSequence], chosen: Sequence[int]) -> int:
-    """Return the number of tokens of the `chosen` sequences."""
-    return sum(len(sequences[number].token_ids) for number in chosen)
+def lengths_of(sequences: Sequence[TokenSequence], chosen: Sequence[int]) -> list[int]:
+    """Return the tokens of each of the `chosen` sequences."""
+    return [len(sequences[number].token_ids) for number in chosen]
 
 
 def _tree_of(sequences: Sequence[TokenSequence]) -> PromptTree:
@@ -190,7 +194,7 @@ def _pays(part: Sequence[TokenSequence], hidden: int, in_rows: bool) -> bool:
     """
     lengths = [len(one.token_ids) for one in part]
     columns = sum(lengths) - (len(part) - 1) * part[0].num_prompt_tokens
-    if in_rows and are_rows_smaller(lengths, (1, columns)):
+    if in_rows and are_rows_smaller(lengths, (1, columns)) and sum(lengths) <= MOST_SHOWN * columns:
         return columns <= MOST_LEFT * sum(lengths)
     separate = sum(length * (12 * hidden + 2 * length) for length in lengths)
     return columns * (12 * hidden + 4 * columns) < separate

@@ -191,20 +191,21 @@ def _memory_for(
     per_row = kept + per_token * vocabulary_size(lm.model)
     parked = kept if num_samples > 1 else 0
     budget = config.memory_budget_mib << 20
-    copies = packed_bytes(lm.model, lm.device.compute_dtype)
-    is_packed = 0 < copies <= budget // 4 and config.max_new_tokens >= MIN_PACKED_STEPS
-    num_rows = (budget - parked - (copies if is_packed else 0)) // per_row
+    num_rows = (budget - parked) // per_row
     if num_rows <= 0:
         raise InputError(
             f"memory_budget_mib: {config.memory_budget_mib} MiB hold no row; a row of {width} tokens takes "
             f"{math.ceil((per_row + parked) / 2**20)} MiB; give at least that, or lower max_new_tokens"
         )
     num_slots = min(num_rows, config.max_rows, len(requests) * num_samples)
+    # Packed weights may take what room the rows leave.
+    copies = packed_bytes(lm.model, lm.device.compute_dtype)
+    has_room = 0 < copies <= budget - parked - num_slots * per_row
     memory = make_row_memory(lm.model, facts, num_slots + (1 if parked else 0), width, dtype)
     if isinstance(memory, SlotCache):
         if config.cuda_graphs:
             memory.record_steps(num_slots, lm.name)
-        if is_packed:
+        if has_room and config.max_new_tokens >= MIN_PACKED_STEPS:
             memory.pack_products(num_slots, lm.device.compute_dtype)
     return memory, num_slots
 

@@ -122,7 +122,7 @@ def score_sequences(scalar: ScalarModel, sequences: Sequence[TokenSequence], max
         with torch.no_grad(), scalar.device.autocast():
             scores[batch.numbers] = token_values(scalar, states_at_ends(scalar.model, batch)).cpu()
 
-    for_each_batch(of_batch, sequences, scalar.model, max_tokens)
+    for_each_batch(of_batch, sequences, scalar.model, scalar.device, max_tokens)
     return scores
 
 

@@ -90,7 +90,7 @@ class Place(NamedTuple):
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, [slots, heads, capacity, head_dim]."""
+    """Keys and values of one layer, [slots, heads, columns, head_dim], with up to `capacity` columns."""
 
     is_sliding = False
 
@@ -102,7 +102,7 @@ class SlotLayer(CacheLayerMixin):
         self.place = Place(0, {})
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate buffers for states of this shape, [rows, heads, queries, head_dim]."""
+        """Make buffers without columns for states of this shape, [rows, heads, queries, head_dim]."""
         self.keys, self.values = (
             torch.empty(self.num_slots, states.shape[1], 0, states.shape[3], dtype=self.dtype, device=states.device)
             for states in (key_states, value_states)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -33,7 +34,7 @@ from qinglan.models.adapters import LoRAConfig, adapter_of, load_model, save_ada
 from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
 from qinglan.models.directory import MAX_FILE_SIZE, load_tokenizer, save_weights, write_model_directory
 from qinglan.models.tokens import SequenceRow, TokenBatch, TokenSequence, collate, padded_batches
-from qinglan.models.trunk import is_written_out, num_at_once, states_of_batch
+from qinglan.models.trunk import is_written_out, num_at_once, states_in_rows, states_of_batch
 
 __all__ = [
     "LanguageModel",
@@ -59,6 +60,8 @@ __all__ = [
 ]
 
 _CHUNK_ELEMENTS = 1 << 25  # logits of one chunk: 128 MiB of fp32
+MOST_REAL = 31 / 32
+"""Share of real tokens in a padded batch up to which padding is left out (on a CPU)."""
 
 
 class LanguageModel(NamedTuple):
@@ -202,10 +205,20 @@ def _run_trunk(model: PreTrainedModel, batch: TokenBatch, places: Tensor | None)
         position_ids = position_ids.clamp(max=context - 1)
     input_ids, position_ids = batch.input_ids.to(model.device), position_ids.to(model.device)
     if is_written_out(model):
+        if places is not None and _is_worth_rows(batch):
+            num_columns = input_ids.shape[1]
+            paths = [np.arange(one.start, one.end) + one.row * num_columns for one in batch.sequence_rows]
+            return states_in_rows(model, input_ids, position_ids, paths, places)
         return states_of_batch(model, input_ids, position_ids, places=places)
     # use_cache=False and no attention_mask: only then does transformers look for packed sequences (masking_utils).
     states = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     return states if places is None else states.flatten(0, 1).index_select(0, places)
+
+
+def _is_worth_rows(batch: TokenBatch) -> bool:
+    """Return True for a padded batch of which setting real tokens apart (`attention_rows.py`) saves what it costs."""
+    is_packed = len(batch.sequence_rows) > len(batch.input_ids)
+    return not is_packed and int(batch.real_mask.sum()) <= MOST_REAL * batch.real_mask.numel()
 
 
 def vocabulary_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -313,15 +326,20 @@ def completion_logprobs(
         for sequence, values in zip(batch.sequence_rows, logprobs.cpu().split(batch.lengths), strict=True):
             found[sequence.original] = values
 
-    for_each_padded_batch(of_batch, sequences, lm.model, max_tokens)
+    for_each_padded_batch(of_batch, sequences, lm.model, lm.device, max_tokens)
     return found
 
 
 def for_each_padded_batch(
-    function: Callable[[TokenBatch], None], sequences: Sequence[TokenSequence], model: PreTrainedModel, max_tokens: int
+    function: Callable[[TokenBatch], None],
+    sequences: Sequence[TokenSequence],
+    model: PreTrainedModel,
+    device: Device,
+    max_tokens: int,
 ) -> None:
     """Call `function` with every sequence once, in padded batches, of which several may run at the same time."""
-    at_once = num_at_once([model], sum(len(sequence.token_ids) for sequence in sequences), max_tokens)
+    units = [len(sequence.token_ids) for sequence in sequences]
+    at_once = num_at_once([model], device, units, max_tokens)
     in_order(function, padded_batches(sequences, max_tokens // at_once, multiple_of=at_once), at_once)
 
 

@@ -1,7 +1,7 @@
 """A decoder's matrices packed for decoding on a CPU: fewer and faster products, from a copy that `generate` keeps.
 
 For every product oneDNN first brings the weights into an order of its own. With the few rows of a decoding step that
-takes a quarter of the time and more (docs/engine.md), and one copy in that order serves all steps. Queries, keys and
+takes a quarter of the product's time and more (LOG.md), and one copy in that order serves all steps. Queries, keys and
 values come out of one product then, and so do the two halves of the MLP.
 """
 
@@ -21,9 +21,9 @@ def packed_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     if not (is_written_out(model) and has_packed_products(dtype)):
         return 0
     matrices = [matrix for layer in _layers(model) for group in _groups(layer) for matrix in group]
-    is_plain = all(
-        type(matrix) is nn.Linear and not matrix._forward_hooks and not matrix._forward_pre_hooks for matrix in matrices
-    )
+    skipped = [part for layer in _layers(model) for part in (layer.mlp, layer.mlp.act_fn)]
+    has_hooks = any(part._forward_hooks or part._forward_pre_hooks for part in (*matrices, *skipped))
+    is_plain = not has_hooks and all(type(matrix) is nn.Linear for matrix in matrices)
     return sum(matrix.weight.numel() for matrix in matrices) * dtype.itemsize if is_plain else 0
 
 

@@ -31,7 +31,8 @@ class SamplingConfig(Config):
     stop: tuple[str, ...] = ()
     """Texts that end a completion; the first one that appears, and what follows, is cut from the text."""
     memory_budget_mib: int = Field(default=1024, ge=1)
-    """Memory for the rows that are being written (keys, values and logits), in MiB; decides how many go together."""
+    """Memory for the rows that are being written (keys, values and logits), in MiB; decides how many go together. What
+    they leave may hold a copy of the weights that is faster to read."""
     max_rows: int = Field(default=512, ge=1)
     """Most rows written together, whatever the memory."""
     cuda_graphs: bool = True

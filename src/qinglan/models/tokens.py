@@ -134,8 +134,8 @@ def plan_rows(lengths: Sequence[int], max_tokens: int, pack: bool, multiple_of: 
     rows * columns <= max_tokens unless one sequence alone is longer. With `pack`, a shorter sequence goes to the row
     with the least room that still holds it (best fit, decreasing); without, each has a row of its own.
 
-    With `multiple_of` above 1 there are so many batches, or twice as many and so on, as even as may be: several are to
-    be computed at the same time, and none of who computes them should have to wait.
+    With `multiple_of` above 1 their number is at most the next multiple of it, and they are as even as that allows: so
+    many are computed at the same time, and none of who computes them should have to wait for long.
     """
     if max_tokens < 1:
         raise InputError(f"max_tokens: {max_tokens}; expected at least 1")
@@ -163,7 +163,7 @@ def plan_rows(lengths: Sequence[int], max_tokens: int, pack: bool, multiple_of: 
 
 
 def _plan_evenly(lengths: Sequence[int], max_tokens: int, pack: bool, multiple_of: int) -> list[list[list[int]]]:
-    """Return the plan of least batches among those with as few as the budget asks for, up to the next multiple."""
+    """Return the plan with the smallest budget that needs no more batches than the next multiple of `multiple_of`."""
     high = max_tokens
     plan = plan_rows(lengths, high, pack)
     most = -(-len(plan) // multiple_of) * multiple_of

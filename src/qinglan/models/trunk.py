@@ -9,7 +9,8 @@ models are (ours among them):
 - positions are rotated into the order in which attention reads them;
 - masks become blocks once for all layers (`attention.py`).
 
-The modules stay `transformers`' own and are called as they are, adapters included; their weights are not copied.
+The modules stay `transformers`' own and are called as they are, adapters included; only decoding has copies of its own
+(`packed.py`).
 
 Letters: B rows, T columns, H heads, K units of a head, D hidden units, M places whose states are asked for.
 """
@@ -26,13 +27,14 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from qinglan.core.device import Device
 from qinglan.models import attention
 from qinglan.models.attention_rows import AttentionRows, attention_rows
 
 ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Values of `config.model_type`."""
-MIN_TOKENS, MAX_WEIGHTS = 1024, 2**24
-"""Batches of fewer tokens, or of larger models, are computed one by one, each by all threads (docs/engine.md)."""
+MIN_TOKENS, MAX_BYTES = 1024, 2**24
+"""Batches of fewer tokens, or of models with more bytes, are computed one by one, each by all threads."""
 
 
 def is_written_out(model: PreTrainedModel) -> bool:
@@ -55,17 +57,31 @@ def is_written_out(model: PreTrainedModel) -> bool:
     )
 
 
-def num_at_once(models: Sequence[PreTrainedModel], num_tokens: int, max_tokens: int) -> int:
-    """Return how many batches of `num_tokens` tokens are best computed at the same time, which then share a budget.
+def num_at_once(models: Sequence[PreTrainedModel], device: Device, units: Sequence[int], max_tokens: int) -> int:
+    """Return how many batches are best computed at the same time; they share the budget of `max_tokens`.
 
     More than one for small models only, whose products keep no team of threads busy, and only where nothing of a
     forward pass is kept in the model: that is known of those that are written out here.
+
+    Args:
+        models: those that each batch runs through.
+        device: its precision of products counts: `MAX_BYTES` are those of weights in it.
+        units: tokens of each sequence, or of each group that stays together.
+        max_tokens: never exceeded by batches together, unless by one unit alone.
     """
-    num_weights = sum(weights.numel() for model in models for weights in model.parameters())
-    is_known = all(is_written_out(model) and _has_fixed_rotation(model) for model in models)
-    if not is_known or num_weights > MAX_WEIGHTS:
+    num_tokens, longest = sum(units), max(units, default=0)
+    if not all(is_written_out(model) and _has_fixed_rotation(model) for model in models):
         return 1
-    return max(1, min(torch.get_num_threads(), min(num_tokens, max_tokens) // MIN_TOKENS))
+    num_weights = sum(weights.numel() for model in models for weights in model.parameters())
+    if num_weights * device.compute_dtype.itemsize > MAX_BYTES:
+        return 1
+    most = min(max_tokens // max(1, longest), min(num_tokens, max_tokens) // MIN_TOKENS)
+    return max(1, min(torch.get_num_threads(), most))
+
+
+def share_of_budget(units: Sequence[int], max_tokens: int, at_once: int) -> int:
+    """Return the tokens of one part where parts are cut one after the other: all workers are to have some."""
+    return max_tokens if at_once == 1 else min(max_tokens, sum(units)) // at_once
 
 
 def _has_fixed_rotation(model: PreTrainedModel) -> bool:
@@ -184,7 +200,8 @@ def states_in_rows(
 def are_rows_smaller(lengths: Sequence[int], shape: Sequence[int]) -> bool:
     """Return True if attention has at most half as much to do in rows of these lengths as in a rectangle [B, T].
 
-    Setting tokens into rows takes time too, and of a rectangle blocks skip what no query sees (docs/engine.md).
+    Setting tokens into rows takes time too, and of a rectangle blocks skip what no query sees: nine short completions
+    of a long prompt are a third slower in rows.
     """
     return 2 * len(lengths) * max(lengths) ** 2 <= shape[0] * shape[1] ** 2
 
