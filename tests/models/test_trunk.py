@@ -140,9 +140,9 @@ def test_adapters_are_called_as_they_are(tmp_path):
 
 
 def test_sizes_are_filled_up_to_few():
-    assert [filled_up(n) for n in (0, 1, 31, 32, 33, 82, 143, 1003)] == [0, 1, 31, 32, 34, 84, 144, 1024]
-    assert len({filled_up(n) for n in range(32, 1025)}) == 5 * 16 + 1
-    assert all(n <= filled_up(n) < n * 17 / 16 for n in range(1, 3000))
+    assert [filled_up(n) for n in (0, 1, 63, 64, 65, 82, 143, 1003)] == [0, 1, 63, 64, 66, 82, 144, 1008]
+    assert len({filled_up(n) for n in range(64, 1025)}) == 4 * 32 + 1
+    assert all(n <= filled_up(n) < n * 33 / 32 for n in range(1, 3000))
 
 
 @pytest.mark.parametrize("packed", [False, True])

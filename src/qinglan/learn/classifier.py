@@ -24,7 +24,6 @@ from qinglan.core.config import Config
 from qinglan.core.errors import InputError
 from qinglan.core.rng import permutation, stream_seed
 from qinglan.core.run import Stage
-from qinglan.core.workers import in_order
 from qinglan.learn.batch import make_batches
 from qinglan.learn.compiling import compile_trunks
 from qinglan.learn.confidence import (
@@ -285,7 +284,7 @@ def update(
     if config.loss == "confidence":
         # The threshold needs the whole batch's predictions before any part of it has a target.
         with torch.set_grad_enabled(len(parts) == 1):
-            predictions = in_order(lambda part: example_logits(classifier, part, config), parts, at_once)
+            predictions = [example_logits(classifier, part, config) for part in parts]
         logits = torch.cat(predictions).detach().cpu()
         buffer = buffer.with_batch(logits, weak[[i for part in parts for i in part.places]], config.buffer_size)
         share = 0.5 if config.hardened_share == "half" else float(buffer.weak.mean())

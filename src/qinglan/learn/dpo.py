@@ -29,7 +29,6 @@ from qinglan.core.errors import InputError
 from qinglan.core.records import ComparisonGroup, Completion, Pair, Prompt, Scorer, Source
 from qinglan.core.rng import permutation, stream_seed
 from qinglan.core.run import Stage
-from qinglan.core.workers import in_order
 from qinglan.learn.batch import make_batches
 from qinglan.learn.checks import MAX_MEAN_RATIO_ERROR
 from qinglan.learn.compiling import compile_trunks
@@ -158,8 +157,9 @@ def train_dpo(
         stage.log(0, found | evaluate_groups(policy, valid_examples, config))
     else:
         restore_training(state.tensors, policy.model, optimizer)
-    # 3. Loop
     steps_done = state.step if state else 0
+
+    # 3. Loop
     compiled = compile_trunks([policy.model], config.compile, policy.device, stage.name, dropout=config.lora.dropout)
     progress = stage.progress(num_steps)
     for step in range(steps_done, num_steps):
@@ -211,13 +211,10 @@ def reference_logprobs(lm: LanguageModel, groups: Sequence[EncodedGroup], config
     """Return the log-probability of every completion of `groups` under the reference, in order, on the CPU."""
     places = {id(group): place for place, group in enumerate(groups)}
     found: list[Tensor] = [torch.empty(0)] * len(groups)
-
-    def of_part(part: list[EncodedGroup]) -> None:
+    for part in micro_batches(groups, config.max_tokens):
         sizes = [len(group.sequences) for group in part]
         for group, values in zip(part, group_logprobs(lm, part, config).cpu().split(sizes), strict=True):
             found[places[id(group)]] = values
-
-    in_order(of_part, *parts_at_once(lm, groups, config.max_tokens, config.lora))
     return torch.cat(found)
 
 
@@ -394,7 +391,7 @@ def evaluate_groups(policy: LanguageModel, groups: Sequence[EncodedGroup], confi
     """Return loss, accuracy, margin and log-ratios on held-out groups; nothing if there are no groups."""
     if not groups:
         return {}
-    parts = parts_at_once(policy, groups, config.max_tokens, config.lora)
-    tallies = in_order(lambda part: policy_loss(policy, part, len(groups), config).tally, *parts)
-    found = reduce(Tally.add, tallies, Tally()).metrics(config)
-    return {f"valid_{name}": value for name, value in found.items() if name != "pairs"}
+    tally = Tally()
+    for part in micro_batches(groups, config.max_tokens):
+        tally = tally.add(policy_loss(policy, part, len(groups), config).tally)
+    return {f"valid_{name}": value for name, value in tally.metrics(config).items() if name != "pairs"}

@@ -25,7 +25,6 @@ from qinglan.core.errors import InputError, nearest
 from qinglan.core.records import ComparisonGroup, Demonstrated, Pair, Source, pairs_of
 from qinglan.core.rng import permutation, stream_seed
 from qinglan.core.run import Stage
-from qinglan.core.workers import in_order
 from qinglan.learn.batch import make_batches
 from qinglan.learn.compiling import compile_trunks
 from qinglan.learn.dropout import adapter_dropout
@@ -344,13 +343,11 @@ def evaluate_groups(scalar: ScalarModel, groups: Sequence[EncodedGroup], config:
     """Return loss and pair accuracy on held-out groups, the accuracy by source too; nothing if there are no groups."""
     metrics: dict[str, float] = {}
     loss, num_correct, num_decided = 0.0, 0.0, 0
-
-    def loss_of(part: list[EncodedGroup]) -> GroupLoss:
-        return group_ranking_loss(score_groups(scalar, part, config), pair_targets(part, len(groups), scalar))
-
     for source in sorted({group.source for group in groups}):
-        chosen = [group for group in groups if group.source == source]
-        results = in_order(loss_of, *parts_at_once(scalar, chosen, config.max_tokens, config.lora))
+        results = [
+            group_ranking_loss(score_groups(scalar, part, config), pair_targets(part, len(groups), scalar))
+            for part in micro_batches([group for group in groups if group.source == source], config.max_tokens)
+        ]
         correct, decided = sum(r.num_correct.item() for r in results), sum(r.num_decided for r in results)
         if decided:
             metrics[f"valid_accuracy/{source}"] = correct / decided

@@ -18,7 +18,7 @@ from qinglan.core.records import Completion, FinishReason, Prompt
 from qinglan.core.rng import permutation
 from qinglan.core.run import Stage
 from qinglan.learn.advantages import pad_rows
-from qinglan.models.completion_rows import CompletionBatch, completion_states, for_each_batch, states_before
+from qinglan.models.completion_rows import completion_states, make_completion_batches, states_before
 from qinglan.models.generate import SamplingConfig, completion_record, generate
 from qinglan.models.heads import ScalarModel, token_values
 from qinglan.models.language_model import LanguageModel, TokenSequence, token_logprobs
@@ -95,30 +95,26 @@ def draw_rollout(
 def rollout_logprobs(lm: LanguageModel, rollout: Rollout, temperature: float, max_tokens: int) -> Float[Tensor, "E T"]:
     """Return the log-probabilities of the sampled tokens under any model, of the distribution at `temperature`."""
     found = torch.zeros_like(rollout.logprobs)
-
-    def of_batch(batch: CompletionBatch) -> None:
-        with torch.no_grad(), lm.device.autocast():
+    with torch.no_grad(), lm.device.autocast():
+        everything = range(len(rollout.sequences))
+        for batch in make_completion_batches(rollout.sequences, everything, [lm.model], max_tokens=max_tokens):
             states = states_before(lm.model, batch)
             scored = token_logprobs(
                 lm.model, states, batch.completion_ids, temperature=temperature, with_entropy=False
             ).logprobs.cpu()
-        _put(found, rollout, batch.numbers, scored)
-
-    for_each_batch(of_batch, rollout.sequences, lm.model, lm.device, max_tokens)
+            _put(found, rollout, batch.numbers, scored)
     return found
 
 
 def state_values(value: ScalarModel, rollout: Rollout, max_tokens: int) -> StateValues:
     """Return the value of every state of the rollout, without a gradient: V(s_t) stands at the token before a_t."""
     values, end_values = torch.zeros_like(rollout.logprobs), torch.empty(len(rollout.sequences))
-
-    def of_batch(batch: CompletionBatch) -> None:
-        with torch.no_grad(), value.device.autocast():
+    with torch.no_grad(), value.device.autocast():
+        everything = range(len(rollout.sequences))
+        for batch in make_completion_batches(rollout.sequences, everything, [value.model], max_tokens=max_tokens):
             states = completion_states(value.model, batch)
             _put(values, rollout, batch.numbers, token_values(value, states.before).cpu())
             end_values[batch.numbers] = token_values(value, states.ends).cpu()
-
-    for_each_batch(of_batch, rollout.sequences, value.model, value.device, max_tokens)
     return StateValues(values, end_values)
 
 

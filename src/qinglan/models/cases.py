@@ -18,14 +18,8 @@ from qinglan.core.errors import InputError
 from qinglan.core.records import Case
 from qinglan.models.chat import ChatFormat
 from qinglan.models.generate import SamplingConfig, generate
-from qinglan.models.language_model import (
-    LanguageModel,
-    completion_logprobs,
-    end_states,
-    for_each_padded_batch,
-    max_context,
-)
-from qinglan.models.tokens import TokenBatch, TokenSequence
+from qinglan.models.language_model import LanguageModel, completion_logprobs, end_states, max_context
+from qinglan.models.tokens import TokenSequence, padded_batches
 
 MAX_RECORD_TOKENS = 24
 """Longest recollection that a model writes before it judges."""
@@ -82,14 +76,10 @@ def case_features(lm: LanguageModel, cases: Sequence[Case], max_tokens: int = 81
     encoded = [encode_case(lm, case) for case in cases]
     flat = [sequence for sequences in encoded for sequence in sequences]
     states: list[Tensor] = [torch.empty(0)] * len(flat)
-
-    def of_batch(batch: TokenBatch) -> None:
-        with torch.no_grad(), lm.device.autocast():
-            ends = end_states(lm.model, batch).float().cpu()
-        for place, state in zip(batch.sequence_rows, ends, strict=True):
-            states[place.original] = state
-
-    for_each_padded_batch(of_batch, flat, lm.model, lm.device, max_tokens)
+    with torch.no_grad(), lm.device.autocast():
+        for batch in padded_batches(flat, max_tokens):
+            for place, state in zip(batch.sequence_rows, end_states(lm.model, batch).float().cpu(), strict=True):
+                states[place.original] = state
     found = iter(states)
     own = [[next(found) for _ in sequences] for sequences in encoded]
     return torch.stack([one[0] if len(one) == 1 else one[0] - one[1] for one in own])

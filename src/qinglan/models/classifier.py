@@ -35,8 +35,8 @@ from qinglan.models.adapters import (
 from qinglan.models.cases import encode_case
 from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
 from qinglan.models.directory import load_tokenizer, prepare, save_weights, write_model_directory
-from qinglan.models.language_model import LanguageModel, end_states, for_each_padded_batch
-from qinglan.models.tokens import TokenBatch, TokenSequence
+from qinglan.models.language_model import LanguageModel, end_states
+from qinglan.models.tokens import TokenBatch, TokenSequence, padded_batches
 
 HeadStart = Literal["probe", "words", "normal", "zero"]
 
@@ -138,13 +138,10 @@ def logits_of_batch(classifier: TextClassifier, batch: TokenBatch) -> Tensor:
 def sequence_logits(classifier: TextClassifier, sequences: Sequence[TokenSequence], max_tokens: int = 8192) -> Tensor:
     """Return z of each sequence in the given order, fp32 [n] on the CPU, no gradient."""
     logits = torch.empty(len(sequences))
-
-    def of_batch(batch: TokenBatch) -> None:
-        places = [sequence.original for sequence in batch.sequence_rows]
-        with torch.no_grad(), classifier.device.autocast():
+    with torch.no_grad(), classifier.device.autocast():
+        for batch in padded_batches(sequences, max_tokens):
+            places = [sequence.original for sequence in batch.sequence_rows]
             logits[places] = logits_of_batch(classifier, batch).cpu()
-
-    for_each_padded_batch(of_batch, sequences, classifier.model, classifier.device, max_tokens)
     return logits
 
 

@@ -6,7 +6,7 @@ has a row of its own, or is packed with others. The numbers are the same.
 Legend: N completion tokens of a batch, S its completions, D hidden units.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,12 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qinglan.core.device import Device
-from qinglan.core.workers import in_order
 from qinglan.models.language_model import TokenBatch, TokenSequence, max_context, states_at
 from qinglan.models.prompt_sharing import PromptTree, TreeBatch, can_share_prompt, make_tree_batch, tree_states
 from qinglan.models.tokens import collate, plan_rows
-from qinglan.models.trunk import are_rows_smaller, is_written_out, num_at_once
+from qinglan.models.trunk import are_rows_smaller, is_written_out
 
 MOST_LEFT = 15 / 16
 """Tokens with a shared prompt, as a share of those without, up to which sharing pays."""
@@ -85,22 +83,6 @@ def make_completion_batches(
     for rows in plan_rows([len(one.token_ids) for one in candidates], max_tokens, pack, multiple_of):
         batch = collate(candidates, rows).to(device)
         yield CompletionBatch(batch, [alone[place.original] for place in batch.sequence_rows])
-
-
-def for_each_batch(
-    function: Callable[[CompletionBatch], None],
-    sequences: Sequence[TokenSequence],
-    model: PreTrainedModel,
-    device: Device,
-    max_tokens: int,
-) -> None:
-    """Call `function` with every sequence once, in batches, of which several may run at the same time."""
-    everything = range(len(sequences))
-    at_once = num_at_once([model], device, lengths_of(sequences, everything), max_tokens)
-    batches = make_completion_batches(
-        sequences, everything, [model], max_tokens=max_tokens // at_once, multiple_of=at_once
-    )
-    in_order(function, batches, at_once)
 
 
 def states_before(model: PreTrainedModel, batch: CompletionBatch) -> Float[Tensor, "N D"]:

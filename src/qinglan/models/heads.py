@@ -38,7 +38,7 @@ from qinglan.models.adapters import (
     trainable_copy,
 )
 from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
-from qinglan.models.completion_rows import CompletionBatch, for_each_batch, states_at_ends
+from qinglan.models.completion_rows import make_completion_batches, states_at_ends
 from qinglan.models.directory import load_tokenizer, prepare, save_weights, write_model_directory
 from qinglan.models.language_model import LanguageModel, end_states
 from qinglan.models.tokens import TokenBatch, TokenSequence
@@ -117,12 +117,9 @@ def score_sequences(scalar: ScalarModel, sequences: Sequence[TokenSequence], max
         max_tokens: budget of rows * columns of one forward pass.
     """
     scores = torch.empty(len(sequences))
-
-    def of_batch(batch: CompletionBatch) -> None:
-        with torch.no_grad(), scalar.device.autocast():
+    with torch.no_grad(), scalar.device.autocast():
+        for batch in make_completion_batches(sequences, range(len(sequences)), [scalar.model], max_tokens=max_tokens):
             scores[batch.numbers] = token_values(scalar, states_at_ends(scalar.model, batch)).cpu()
-
-    for_each_batch(of_batch, sequences, scalar.model, scalar.device, max_tokens)
     return scores
 
 

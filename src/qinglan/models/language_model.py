@@ -9,7 +9,7 @@ Shapes: B rows, T columns, D hidden units, V tokens in the vocabulary, N targets
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +28,12 @@ from transformers import (
 
 from qinglan.core.device import Device
 from qinglan.core.errors import InputError
-from qinglan.core.workers import in_order
 from qinglan.models import adapters
 from qinglan.models.adapters import LoRAConfig, adapter_of, load_model, save_adapter, trainable_copy
 from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
 from qinglan.models.directory import MAX_FILE_SIZE, load_tokenizer, save_weights, write_model_directory
 from qinglan.models.tokens import SequenceRow, TokenBatch, TokenSequence, collate, padded_batches
-from qinglan.models.trunk import is_written_out, num_at_once, states_in_rows, states_of_batch
+from qinglan.models.trunk import is_written_out, states_in_rows, states_of_batch
 
 __all__ = [
     "LanguageModel",
@@ -46,7 +45,6 @@ __all__ = [
     "completion_logprobs",
     "copy_language_model",
     "end_of_training",
-    "for_each_padded_batch",
     "hidden_states",
     "load_language_model",
     "max_context",
@@ -318,29 +316,13 @@ def completion_logprobs(
         max_tokens: budget of rows * columns of one forward pass.
     """
     found: list[Tensor] = [torch.empty(0)] * len(sequences)
-
-    def of_batch(batch: TokenBatch) -> None:
-        with torch.no_grad(), lm.device.autocast():
+    with torch.no_grad(), lm.device.autocast():
+        for batch in padded_batches(sequences, max_tokens):
             states = target_states(lm.model, batch)
             logprobs = target_logprobs(lm.model, states, batch, temperature=temperature, with_entropy=False).logprobs
-        for sequence, values in zip(batch.sequence_rows, logprobs.cpu().split(batch.lengths), strict=True):
-            found[sequence.original] = values
-
-    for_each_padded_batch(of_batch, sequences, lm.model, lm.device, max_tokens)
+            for sequence, values in zip(batch.sequence_rows, logprobs.cpu().split(batch.lengths), strict=True):
+                found[sequence.original] = values
     return found
-
-
-def for_each_padded_batch(
-    function: Callable[[TokenBatch], None],
-    sequences: Sequence[TokenSequence],
-    model: PreTrainedModel,
-    device: Device,
-    max_tokens: int,
-) -> None:
-    """Call `function` with every sequence once, in padded batches, of which several may run at the same time."""
-    units = [len(sequence.token_ids) for sequence in sequences]
-    at_once = num_at_once([model], device, units, max_tokens)
-    in_order(function, padded_batches(sequences, max_tokens // at_once, multiple_of=at_once), at_once)
 
 
 def check_batching(model: PreTrainedModel) -> None:

@@ -35,7 +35,8 @@ def pack_products(model: PreTrainedModel, num_rows: int, dtype: torch.dtype) -> 
 
 def _packed_layer(layer: Any, num_rows: int, dtype: torch.dtype) -> Products:
     heads, output, gate_and_up, down = (_pack(group, num_rows, dtype) for group in _groups(layer))
-    sizes = [matrix.out_features for matrix in _groups(layer)[0]]
+    query, key, value = (matrix.out_features for matrix in _groups(layer)[0])
+    sizes = [query, key, value] if hasattr(layer.self_attn, "q_norm") else [query + key, value]
 
     def mlp(states: Tensor) -> Tensor:
         gate, up = gate_and_up(states).chunk(2, dim=-1)

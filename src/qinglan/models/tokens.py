@@ -178,8 +178,7 @@ def _plan_evenly(lengths: Sequence[int], max_tokens: int, pack: bool, multiple_o
     return plan
 
 
-def padded_batches(sequences: Sequence[TokenSequence], max_tokens: int, multiple_of: int = 1) -> list[TokenBatch]:
+def padded_batches(sequences: Sequence[TokenSequence], max_tokens: int) -> list[TokenBatch]:
     """Return batches with one sequence a row, sorted by length, within a token budget (see `plan_rows`)."""
-    lengths = [len(sequence.token_ids) for sequence in sequences]
-    plan = plan_rows(lengths, max_tokens, pack=False, multiple_of=multiple_of)
+    plan = plan_rows([len(sequence.token_ids) for sequence in sequences], max_tokens, pack=False)
     return [collate(sequences, rows) for rows in plan]

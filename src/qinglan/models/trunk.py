@@ -207,8 +207,8 @@ def are_rows_smaller(lengths: Sequence[int], shape: Sequence[int]) -> bool:
 
 
 def filled_up(number: int) -> int:
-    """Return the next number that has at most five binary digits and zeros behind them; it is less than 1/16 more."""
-    step = 1 << max(0, number.bit_length() - 5)
+    """Return the next number that has at most six binary digits and zeros behind them; it is less than 1/32 more."""
+    step = 1 << max(0, number.bit_length() - 6)
     return -(-number // step) * step
 
 
@@ -223,7 +223,10 @@ def packed_mask(position_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"] | N
 
 
 class Products(NamedTuple):
-    """The products of a layer: from normed states to queries, keys and values; from mixed values; the MLP."""
+    """The products of a layer: from normed states to queries, keys and values; from mixed values; the MLP.
+
+    Queries and keys may be one tensor, which is rotated at once, but not where rows are spread.
+    """
 
     heads: Callable[[Tensor], Sequence[Tensor]]
     output: Callable[[Tensor], Tensor]
@@ -244,7 +247,12 @@ def _attended(
     rows: AttentionRows | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values, [B, H, T, K], queries and keys rotated."""
-    parts = (one.view(*one.shape[:2], -1, block.head_dim) for one in heads)
+    parts = [one.view(*one.shape[:2], -1, block.head_dim) for one in heads]
+    if len(parts) == 2:
+        both, value = parts
+        num_groups = value.shape[2]
+        query, key = rotate(both, *rotation).split([both.shape[2] - num_groups, num_groups], dim=1)
+        return query, key, value.transpose(1, 2)
     query, key, value = parts if rows is None else map(rows.spread, parts)
     if hasattr(block, "q_norm"):
         query, key = (normalize(norm, x, x.dtype) for norm, x in ((block.q_norm, query), (block.k_norm, key)))
@@ -254,7 +262,7 @@ def _attended(
 def normalize(norm: Any, states: Float[Tensor, "*n D"], dtype: torch.dtype) -> Float[Tensor, "*n D"]:
     """Return the output of a module for RMS norm in `dtype`; sums are fp32."""
     if not torch.is_grad_enabled():
-        return _normalized(states.float(), norm.weight, norm.variance_epsilon, dtype)[0]
+        return F.rms_norm(states.float(), states.shape[-1:], norm.weight, norm.variance_epsilon).to(dtype)
     return _RMSNorm.apply(states, norm.weight, norm.variance_epsilon, dtype)
 
 
@@ -265,32 +273,28 @@ def rotate(x: Float[Tensor, "B T H K"], cos: Float[Tensor, "B T K"], sin: Float[
     return _Rotate.apply(x, cos, sin)
 
 
-def _normalized(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-    scale = mean_square.add_(eps).rsqrt_()
-    return (x * scale).mul_(weight).to(dtype), scale
-
-
 class _RMSNorm(torch.autograd.Function):
     """y = w x r with r = 1 / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, equation 4)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         x = x.float()
-        normed, scale = _normalized(x, weight, eps, dtype)
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return normed
+        return (x * scale).mul_(weight).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        # With n = x r:  dw = sum g n,  dx = r (g w - n mean(g w n))
+        # With p = g x:  dw = sum p r,  dx = r g w - x r^3 mean(p w)
         x, weight, scale = ctx.saved_tensors
-        normed, gradient = x * scale, gradient.float()
-        product = (gradient * normed).flatten(0, -2)
+        gradient = gradient.float()
+        product = (gradient * x).flatten(0, -2)
         mean = torch.mv(product, weight).div_(x.shape[-1]).view(scale.shape)
-        to_x = (gradient * weight).addcmul_(normed, mean, value=-1).mul_(scale)
-        return to_x, product.sum(0) if ctx.needs_input_grad[1] else None, None, None
+        to_x = (gradient * weight).mul_(scale).addcmul_(x, mean * scale**3, value=-1)
+        to_weight = torch.mv(product.mT, scale.flatten()) if ctx.needs_input_grad[1] else None
+        return to_x, to_weight, None, None
 
 
 class _Rotate(torch.autograd.Function):
