@@ -5,11 +5,14 @@ layer stores what the model hands to `update` and gives back the part of its buf
 from the library's caches in two ways: every row has its own length (where it writes is an index, not a shared counter),
 and the masks are made here, from the lengths, and passed to the model, one for each kind of attention layer.
 
-Slots 0..live-1 are live, without gaps. A step costs live x width, where width is the longest live row. On a CPU buffers
-grow with it; on a GPU, whose recorded steps know their addresses, they are as large as rows may ever become.
+Slots 0..live-1 are live, without gaps. A step costs live x width, where width is the longest live row. Buffers are as
+large as the rows may ever become, but on the CPU large ones take memory only when a column is first written.
 """
 
+import mmap
+import os
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 from weakref import WeakMethod, WeakSet
 
@@ -27,8 +30,10 @@ from qinglan.models.language_model import max_context
 from qinglan.models.packed import pack_products
 from qinglan.models.trunk import Products, is_written_out, trunk_states
 
-ROW_STEP, COLUMN_STEP = 16, 128
-"""On a CPU: live rows are filled up to a multiple of the first, and buffers grow by the second."""
+ROW_STEP = 16
+"""Decoding on a CPU: live rows are filled up to a multiple of it."""
+SMALL_BYTES = 2**23
+"""Of one buffer of one layer."""
 
 
 class AttentionPlan(NamedTuple):
@@ -90,7 +95,7 @@ class Place(NamedTuple):
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, [slots, heads, columns, head_dim], with up to `capacity` columns."""
+    """Keys and values of one layer, [slots, heads, capacity, head_dim]."""
 
     is_sliding = False
 
@@ -102,28 +107,22 @@ class SlotLayer(CacheLayerMixin):
         self.place = Place(0, {})
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make buffers without columns for states of this shape, [rows, heads, queries, head_dim]."""
+        """Allocate buffers for states of this shape, [rows, heads, queries, head_dim]."""
         self.keys, self.values = (
-            torch.empty(self.num_slots, states.shape[1], 0, states.shape[3], dtype=self.dtype, device=states.device)
+            lazy_zeros(
+                (self.num_slots, states.shape[1], self.capacity, states.shape[3]),
+                self.dtype,
+                states.device,
+            )
             for states in (key_states, value_states)
         )
         self.is_initialized = True
-
-    def grow(self, width: int) -> None:
-        """Make room for rows of `width` columns. New ones hold zeros: what a mask hides must still be finite."""
-        keys, values = self.buffers()
-        if width <= keys.shape[2]:
-            return
-        is_cpu = keys.device.type == "cpu"
-        size = min(self.capacity, -(-width // COLUMN_STEP) * COLUMN_STEP) if is_cpu else self.capacity
-        self.keys, self.values = (F.pad(buffer, (0, 0, 0, size - buffer.shape[2])) for buffer in (keys, values))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new states, [rows, heads, queries, head_dim]; return the keys and values that the queries may see."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         width, numbers, positions, targets, sources = self.place
-        self.grow(width)
         keys, values = self.buffers()
         if positions is None:
             assert targets is not None and sources is not None
@@ -132,9 +131,8 @@ class SlotLayer(CacheLayerMixin):
             return key_states, value_states
         live, num_heads = key_states.shape[:2]
         if num_heads not in numbers:
-            # A buffer seen as one list of columns: slot s, head h, column c has number (s * heads + h) * size + c.
-            size = keys.shape[2]
-            starts = torch.arange(0, live * num_heads * size, size, device=positions.device)
+            # A buffer seen as one list of columns: slot s, head h, column c has number (s * heads + h) * capacity + c.
+            starts = torch.arange(0, live * num_heads * self.capacity, self.capacity, device=positions.device)
             numbers[num_heads] = (starts[:, None] + positions.repeat_interleave(num_heads, 0)).flatten()
         for buffer, states in ((keys, key_states), (values, value_states)):
             states = states.reshape(-1, states.shape[-1]).to(buffer.dtype)
@@ -269,3 +267,16 @@ class SlotCache(Cache):
             use_cache=True,
         )
         return output.last_hidden_state
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros (a masked column must still be finite); on the CPU large ones take no memory before being written.
+
+    Small ones are of the process's own memory, which is at hand: to take new pages would cost more than all writing.
+    """
+    num_bytes = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or os.name != "posix" or num_bytes <= SMALL_BYTES:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # Pages of their own: torch.zeros would write every one, and numpy.zeros asks for huge ones.
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

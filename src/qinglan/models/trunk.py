@@ -262,7 +262,8 @@ def _attended(
 def normalize(norm: Any, states: Float[Tensor, "*n D"], dtype: torch.dtype) -> Float[Tensor, "*n D"]:
     """Return the output of a module for RMS norm in `dtype`; sums are fp32."""
     if not torch.is_grad_enabled():
-        return F.rms_norm(states.float(), states.shape[-1:], norm.weight, norm.variance_epsilon).to(dtype)
+        states = states.float()
+        return (states * _scale_of(states, norm.variance_epsilon)).mul_(norm.weight).to(dtype)
     return _RMSNorm.apply(states, norm.weight, norm.variance_epsilon, dtype)
 
 
@@ -273,14 +274,18 @@ def rotate(x: Float[Tensor, "B T H K"], cos: Float[Tensor, "B T K"], sin: Float[
     return _Rotate.apply(x, cos, sin)
 
 
+def _scale_of(x: Float[Tensor, "*n D"], eps: float) -> Float[Tensor, "*n 1"]:
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    return mean_square.add_(eps).rsqrt_()
+
+
 class _RMSNorm(torch.autograd.Function):
     """y = w x r with r = 1 / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, equation 4)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         x = x.float()
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean_square.add_(eps).rsqrt_()
+        scale = _scale_of(x, eps)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight).to(dtype)
 
