@@ -67,7 +67,7 @@ def test_the_last_layer_is_worked_out_where_a_state_is_asked_for_and_nowhere_els
     for layer in lm.model.base_model.layers:
         layer.mlp.register_forward_hook(lambda _module, inputs, _output: sizes.append(inputs[0][..., 0].numel()))
     batch = collate(make_sequences(lm))
-    num_real, num_targets = filled_up(int(batch.real_mask.sum())), filled_up(int(batch.target_mask.sum()))
+    num_real, num_targets = filled_up(int(batch.real_mask.sum()), 5), filled_up(int(batch.target_mask.sum()))
     target_states(lm.model, batch)
     assert sizes == [num_real] * (len(sizes) - 1) + [num_targets]
     assert num_targets < num_real < batch.input_ids.numel()  # half of these rows is padding

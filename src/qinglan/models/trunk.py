@@ -190,7 +190,7 @@ def states_in_rows(
     width = min(filled_up(longest), max(longest, context or filled_up(longest)))
     rows, numbers = attention_rows(paths, input_ids.numel(), width)
     shown = torch.from_numpy(np.flatnonzero(numbers >= 0))
-    more = filled_up(len(shown)) - len(shown)
+    more = filled_up(len(shown), 5) - len(shown)  # lists of tokens have more sizes than rows have
     tokens, positions = (F.pad(one.flatten()[shown], (0, more))[None] for one in (input_ids, position_ids))
     more = max(0, min(filled_up(len(places)), tokens.numel()) - len(places))
     wanted = F.pad(torch.from_numpy(numbers)[places], (0, more))
@@ -206,9 +206,9 @@ def are_rows_smaller(lengths: Sequence[int], shape: Sequence[int]) -> bool:
     return 2 * len(lengths) * max(lengths) ** 2 <= shape[0] * shape[1] ** 2
 
 
-def filled_up(number: int) -> int:
-    """Return the next number that has at most six binary digits and zeros behind them; it is less than 1/32 more."""
-    step = 1 << max(0, number.bit_length() - 6)
+def filled_up(number: int, num_digits: int = 6) -> int:
+    """Return the next number of at most `num_digits` binary digits and zeros behind them: with 6 less than 1/32 more."""
+    step = 1 << max(0, number.bit_length() - num_digits)
     return -(-number // step) * step
 
 
