@@ -207,7 +207,7 @@ def are_rows_smaller(lengths: Sequence[int], shape: Sequence[int]) -> bool:
 
 
 def filled_up(number: int, num_digits: int = 6) -> int:
-    """Return the next number of at most `num_digits` binary digits and zeros behind them: with 6 less than 1/32 more."""
+    """Return the next number of at most `num_digits` binary digits, then zeros: with 6 less than 1/32 more."""
     step = 1 << max(0, number.bit_length() - num_digits)
     return -(-number // step) * step
 
