@@ -94,7 +94,8 @@ def test_the_value_of_the_last_token_is_the_score():
     values = token_values(scalar, hidden_states(scalar.model, batch))
     assert (values.shape, values.dtype) == (batch.input_ids.shape, torch.float32)
     at_end = torch.stack([values[row, end - 1] for _, row, _, end in batch.sequence_rows])
-    torch.testing.assert_close(at_end, last_token_scores(scalar, batch), atol=1e-6, rtol=0)
+    # Scores leave the padding out: another order of additions inside products.
+    torch.testing.assert_close(at_end, last_token_scores(scalar, batch), atol=1e-5, rtol=0)
     unshifted = token_values(scalar._replace(offset=0.0), hidden_states(scalar.model, batch))
     torch.testing.assert_close(values, unshifted + 1.25, atol=1e-6, rtol=0)
 
