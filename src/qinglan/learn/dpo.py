@@ -202,7 +202,8 @@ def group_logprobs(lm: LanguageModel, groups: Sequence[EncodedGroup], config: DP
             states = target_states(lm.model, batch)
             logprobs = target_logprobs(lm.model, states, batch, with_entropy=False).logprobs
         owners = torch.tensor([place.original for place in batch.sequence_rows], device=device)
-        total = total.index_add(0, owners.repeat_interleave(torch.tensor(batch.lengths, device=device)), logprobs)
+        lengths = torch.tensor(batch.lengths, device=device)
+        total = total.index_add(0, owners.repeat_interleave(lengths), logprobs)
     return total
 
 

@@ -332,11 +332,8 @@ def accumulate_gradients(
         return kinds, logprobs.detach().cpu().double()
 
     draws_masks = max(config.dropout, config.lora.dropout) > 0  # by hooks that all batches would meet
-    at_once = (
-        1
-        if draws_masks
-        else num_at_once([lm.model], lm.device, [len(sequence.token_ids) for sequence in sequences], config.max_tokens)
-    )
+    units = [len(sequence.token_ids) for sequence in sequences]
+    at_once = 1 if draws_masks else num_at_once([lm.model], lm.device, units, config.max_tokens)
     batches = make_batches(sequences, max_tokens=config.max_tokens // at_once, pack=config.pack, multiple_of=at_once)
     sums = torch.zeros(2, dtype=torch.float64)
     for kinds, logprobs in accumulate([lm.model], enumerate(batches), of_batch, at_once):

@@ -173,7 +173,7 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Float[Tensor, "B
 def states_at(
     model: PreTrainedModel, batch: TokenBatch, rows: Int[Tensor, " M"], columns: Int[Tensor, " M"]
 ) -> Float[Tensor, "M D"]:
-    """Return `hidden_states` at some places only, which saves many models work in their last layer."""
+    """Return `hidden_states` at some real tokens only, which saves many models work in their last layer."""
     return _run_trunk(model, batch, (rows * batch.input_ids.shape[1] + columns).to(model.device))
 
 
