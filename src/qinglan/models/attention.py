@@ -204,7 +204,9 @@ class _Blocks(torch.autograd.Function):
             to_weights = torch.bmm(to_output, value[:, first:last].mT)
             scores = torch._softmax_backward_data(to_weights, seen, -1, seen.dtype, grad_input=to_weights)
             torch.bmm(scores, key[:, first:last], out=to_query[:, start:end])
-            to_key[:, first:last].baddbmm_(scores.mT, query[:, start:end])
-            to_value[:, first:last].baddbmm_(seen.mT, to_output)
+            for total, left, right in ((to_key, scores, query[:, start:end]), (to_value, seen, to_output)):
+                # Faster where nothing stands there yet.
+                beta = 0 if len(ctx.spans) == 1 else 1
+                total[:, first:last].baddbmm_(left.mT, right, beta=beta)
         found = (to_query.mul_(ctx.scale), to_key.mul_(ctx.scale), to_value)
         return *(states.unflatten(0, ctx.outer) for states in found), None, None

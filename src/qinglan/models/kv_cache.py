@@ -24,11 +24,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from qinglan.models.attention import attention, product_dtype
+from qinglan.models.bags import MIN_ROWS, Bags, has_bags, make_bags, mix
 from qinglan.models.cuda_graph import Space
 from qinglan.models.decode_graphs import DecodeGraphs
 from qinglan.models.language_model import max_context
 from qinglan.models.packed import pack_products
-from qinglan.models.trunk import Products, is_written_out, trunk_states
+from qinglan.models.trunk import Products, is_written_out, rotation_table, trunk_states
 
 ROW_STEP = 16
 """Decoding on a CPU: live rows are filled up to a multiple of it."""
@@ -86,6 +88,8 @@ class Place(NamedTuple):
     """Columns in use."""
     numbers: dict[int, Tensor]
     """Decoding: number of heads -> places that are written, worked out by the first layer with so many heads."""
+    bags: dict[int, Bags]
+    """The same for places that are read, by number of query heads."""
     positions: Int[Tensor, "live queries"] | None = None
     """Decoding: the columns that each live row writes."""
     targets: Int[Tensor, " slots"] | None = None
@@ -104,7 +108,7 @@ class SlotLayer(CacheLayerMixin):
         self.num_slots = num_slots
         self.capacity = capacity
         self.dtype = dtype
-        self.place = Place(0, {})
+        self.place = Place(0, {}, {})
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate buffers for states of this shape, [rows, heads, queries, head_dim]."""
@@ -122,7 +126,7 @@ class SlotLayer(CacheLayerMixin):
         """Store new states, [rows, heads, queries, head_dim]; return the keys and values that the queries may see."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        width, numbers, positions, targets, sources = self.place
+        width, numbers, _, positions, targets, sources = self.place
         keys, values = self.buffers()
         if positions is None:
             assert targets is not None and sources is not None
@@ -136,7 +140,7 @@ class SlotLayer(CacheLayerMixin):
             numbers[num_heads] = (starts[:, None] + positions.repeat_interleave(num_heads, 0)).flatten()
         for buffer, states in ((keys, key_states), (values, value_states)):
             states = states.reshape(-1, states.shape[-1]).to(buffer.dtype)
-            buffer.view(-1, buffer.shape[-1]).index_copy_(0, numbers[num_heads], states)
+            buffer.view(-1, buffer.shape[-1])[numbers[num_heads]] = states
         return keys[:live, :, :width], values[:live, :, :width]
 
     def buffers(self) -> tuple[Tensor, ...]:
@@ -174,6 +178,7 @@ class SlotCache(Cache):
         self.mask_dtype = dtype or model.dtype
         self.graphs: DecodeGraphs | None = None
         self.products: Sequence[Products] = ()
+        self.rotations = rotation_table(model, capacity) if is_written_out(model) else None
 
     def record_steps(self, num_slots: int, name: str) -> None:
         """Decode by CUDA graphs where the model is on a GPU; rows live in the first `num_slots` slots."""
@@ -213,7 +218,7 @@ class SlotCache(Cache):
         for row, prompt in zip(input_ids, prompts, strict=True):
             row[: len(prompt)] = prompt
         device = self.model.device
-        place = Place(width, {}, None, torch.tensor(targets, device=device), torch.tensor(sources, device=device))
+        place = Place(width, {}, {}, None, torch.tensor(targets, device=device), torch.tensor(sources, device=device))
         columns = torch.arange(width, device=device)
         distance = (columns[:, None] - columns)[None, None]
         return self._forward(torch.from_numpy(input_ids).to(device), columns.expand(len(prompts), -1), distance, place)
@@ -241,7 +246,7 @@ class SlotCache(Cache):
         distance = (positions[:, :, None] - torch.arange(width, device=positions.device))[:, None]
         # Only padding may stand beyond the context; learned positions have no row for it.
         position_ids = positions.clamp(max=max_context(self.model) - 1)
-        return self._forward(tokens, position_ids, distance, Place(width, {}, positions))
+        return self._forward(tokens, position_ids, distance, Place(width, {}, {}, positions))
 
     def copy(self, targets: Sequence[int], sources: Sequence[int], width: int) -> None:
         """Copy the first `width` columns of slots `sources` over slots `targets` (disjoint)."""
@@ -258,7 +263,15 @@ class SlotCache(Cache):
         masks = self.plan.masks(distance, self.mask_dtype)
         if isinstance(masks, Tensor) and is_written_out(self.model):
             products = () if place.positions is None else self.products
-            return trunk_states(self.model, input_ids, position_ids, masks, cache=self, products=products)
+            return trunk_states(
+                self.model,
+                input_ids,
+                position_ids,
+                masks,
+                attend=self._attend,
+                products=products,
+                rotations=self.rotations,
+            )
         output = self.model.base_model(
             input_ids=input_ids,
             attention_mask=masks,
@@ -267,6 +280,21 @@ class SlotCache(Cache):
             use_cache=True,
         )
         return output.last_hidden_state
+
+    def _attend(
+        self, block: Any, index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
+    ) -> Float[Tensor, "rows queries heads units"]:
+        """Store a layer's new keys and values, and return what its queries [rows, heads, queries, units] read."""
+        layer = self.slot_layers[index]
+        place = layer.place
+        seen = layer.update(key, value)
+        keys, values = layer.buffers()
+        num_heads, num_queries = query.shape[1:3]
+        if place.positions is None or num_queries > 1 or len(query) < MIN_ROWS or not has_bags(keys):
+            return attention(block, query, *seen, mask, scaling=block.scaling)[0]
+        if num_heads not in place.bags:
+            place.bags[num_heads] = make_bags(place.positions, mask, num_heads, keys)
+        return mix(place.bags[num_heads], query, keys, values, block.scaling).to(product_dtype(query))
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -25,7 +25,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from qinglan.core.device import Device
 from qinglan.models import attention
@@ -84,6 +83,16 @@ def share_of_budget(units: Sequence[int], max_tokens: int, at_once: int) -> int:
     return max_tokens if at_once == 1 else min(max_tokens, sum(units)) // at_once
 
 
+def rotation_table(model: PreTrainedModel, num_positions: int) -> tuple[Tensor, Tensor] | None:
+    """Return cosines and sines of positions 0 to before `num_positions`; None if they depend on the text's length."""
+    if not _has_fixed_rotation(model):
+        return None
+    trunk: Any = model.base_model
+    positions = torch.arange(num_positions, device=model.device)[None]
+    cos, sin = trunk.rotary_emb(torch.empty(0, dtype=model.dtype, device=model.device), positions)
+    return cos[0], sin[0]
+
+
 def _has_fixed_rotation(model: PreTrainedModel) -> bool:
     trunk: Any = model.base_model
     return getattr(trunk.rotary_emb, "rope_type", "default") not in ("dynamic", "longrope")
@@ -101,10 +110,11 @@ def trunk_states(
     position_ids: Int[Tensor, "B T"],
     mask: Tensor | None = None,
     *,
-    cache: Cache | None = None,
+    attend: Callable[..., Tensor] | None = None,
     places: Int[Tensor, " M"] | None = None,
     rows: AttentionRows | None = None,
     products: Sequence["Products"] = (),
+    rotations: tuple[Tensor, Tensor] | None = None,
 ) -> Float[Tensor, "B T D"] | Float[Tensor, "M D"]:
     """Return the last hidden states, behind the final norm, as `transformers` gives them.
 
@@ -113,21 +123,26 @@ def trunk_states(
         input_ids: tokens.
         position_ids: their positions.
         mask: what `attention.attention` takes; None: causal, and where positions start again, a sequence of its own.
-        cache: keys and values of earlier tokens, to which these are added.
+        attend: what keeps keys and values of earlier tokens: from a layer's attention, its number, its queries, keys,
+            values and the mask to what the queries read.
         places: numbers row * T + column of the states that are asked for; default: all.
         rows: what attention sees, where `input_ids` are one list of tokens (B = 1).
         products: what stands in for the layers' matrices (`packed.py`).
+        rotations: `rotation_table`, where it is kept.
     """
     trunk: Any = model.base_model
     states = trunk.embed_tokens(input_ids)
     if rows is not None:
         position_ids = position_ids[0][rows.tokens]
-    elif mask is None and cache is None:
+    elif mask is None and attend is None:
         mask = packed_mask(position_ids)
-    rotation = trunk.rotary_emb(states, position_ids)
+    if rotations is None:
+        rotation = trunk.rotary_emb(states, position_ids)
+    else:
+        rotation = rotations[0][position_ids], rotations[1][position_ids]
     dtype, length = attention.product_dtype(states), position_ids.shape[1]
     shape = (len(position_ids), model.config.num_attention_heads, length)
-    in_blocks = cache is None and attention.pays(shape, length, dtype)
+    in_blocks = attend is None and attention.pays(shape, length, dtype)
     blocks = attention.plan_blocks(mask, length, length, dtype) if in_blocks else None
     early = places if places is not None and len(places) < input_ids.numel() else None
     layers = trunk.layers[: model.config.num_hidden_layers]
@@ -137,9 +152,9 @@ def trunk_states(
         query, key, value = _attended(block, heads, rotation, rows)
         if blocks is not None:
             mixed = attention.block_attention(query, key, value, blocks, block.scaling).transpose(1, 2)
+        elif attend is not None:
+            mixed = attend(block, index, query, key, value, mask)
         else:
-            if cache is not None:
-                key, value = cache.update(key, value, index)
             mixed, _ = attention.attention(block, query, key, value, mask, scaling=block.scaling)
         mixed = mixed.flatten(2) if rows is None else rows.collect(mixed, input_ids.shape[1])
         if early is not None and index == len(layers) - 1:
