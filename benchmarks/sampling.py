@@ -15,9 +15,12 @@ PEER_NAME = "transformers generate"
 MUST_REACH, AIM = 3.0, 5.0
 NUM_SAMPLES = 8
 OURS: dict[str, list[dict[str, Any]]] = {
-    "llama": [{"max_rows": 512, "memory": "twice the peer's"}, {"max_rows": 128}, {"max_rows": 64}],
-    "mini": [{"max_rows": 128}, {"max_rows": 512, "memory": "more than the peer"}],
-    "base": [{"max_rows": 128}],
+    "llama": [{"max_rows": 64}, {"max_rows": 48}, {"max_rows": 128, "memory": "more than the peer's"}],
+    "mini": [{"max_rows": 48}, {"max_rows": 128, "memory": "more than the peer's"}],
+    "base": [
+        {"max_rows": 48, "memory_budget_mib": 340},
+        {"max_rows": 128, "memory": "more than the peer's"},
+    ],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
     "llama": [
@@ -39,7 +42,8 @@ def ours(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
     lm = load(work, options["dtype"])
     data = work.data["sampling"]
     lm = lm._replace(chat=lm.chat._replace(end_ids=frozenset(data["end_ids"])))
-    config = SamplingConfig(max_new_tokens=data["max_new_tokens"], max_rows=options["max_rows"])
+    limits = {name: options[name] for name in ("max_rows", "memory_budget_mib") if name in options}
+    config = SamplingConfig(max_new_tokens=data["max_new_tokens"], **limits)
     seeds = iter(range(1_000_000))
 
     def run() -> float:

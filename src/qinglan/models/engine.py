@@ -12,6 +12,7 @@ from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qinglan.core.errors import InputError
@@ -205,24 +206,28 @@ class Engine:
         width = int(self.positions.max()) + 1
         states = self.memory.extend(self.tokens[:, None], self.positions[:, None], width)
         logits = vocabulary_logits(self.lm.model, states[:, 0])
+        # Rows that fill up the live ones are drawn for as well: tensors of few sizes, whose memory serves again.
+        num_rows, num_live = len(states), len(self.live)
+        counts = F.pad(self.counts, (0, num_rows - num_live))
         drawn = draw(
             logits,
-            self.uniforms[: len(self.live)].gather(1, self.counts[:, None])[:, 0],
+            self.uniforms[:num_rows].gather(1, counts[:, None])[:, 0],
             temperature=self.config.temperature,
             top_k=self.config.top_k,
             top_p=self.config.top_p,
-            allowed=self.allowed(logits.shape[-1]) if self.is_constrained else None,
+            allowed=self.allowed(*logits.shape) if self.is_constrained else None,
         )
+        drawn = Draw(*(values[:num_live] for values in drawn))
         self.tokens = drawn.token_ids
         self.positions = self.positions + 1
         self.counts = self.counts + 1
         finished = self.record(drawn)
         if finished:
-            self.retire(finished, width)
+            self.retire(finished)
 
-    def allowed(self, vocab_size: int) -> Tensor:
-        """Return the mask of allowed tokens, [live, vocab]. Raises `InputError` for a set that no token fits."""
-        mask = torch.ones(len(self.live), vocab_size, dtype=torch.bool)
+    def allowed(self, num_rows: int, vocab_size: int) -> Tensor:
+        """Return the mask of allowed tokens, [rows, vocab]. Raises `InputError` for a set that no token fits."""
+        mask = torch.ones(num_rows, vocab_size, dtype=torch.bool)
         for slot, row in enumerate(self.live):
             token_ids = row.allowed()
             if token_ids is None:
@@ -286,8 +291,8 @@ class Engine:
         places = [place for place in found if place >= 0]
         return text[: min(places)] if places else None
 
-    def retire(self, finished: list[int], width: int) -> None:
-        """Close the gaps that finished rows left: the last live rows, of up to `width` tokens, move into them."""
+    def retire(self, finished: list[int]) -> None:
+        """Close the gaps that finished rows left: the last live rows move into them."""
         num_left = len(self.live) - len(finished)
         gone = set(finished)
         holes = [slot for slot in finished if slot < num_left]
@@ -296,7 +301,7 @@ class Engine:
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
         if holes:
-            self.memory.copy(holes, movers, width)
+            self.memory.copy(holes, movers, int(self.positions[movers].max()))
             self.uniforms[holes] = self.uniforms[movers]
         self.live = [self.live[slot] for slot in order]
         kept = torch.tensor(order, dtype=torch.long, device=self.device)

@@ -34,8 +34,8 @@ from qinglan.models.trunk import Products, is_written_out, rotation_table, trunk
 
 ROW_STEP = 16
 """Decoding on a CPU: live rows are filled up to a multiple of it."""
-SMALL_BYTES = 2**23
-"""Of one buffer of one layer."""
+SMALL_BYTES = 2**26
+"""Of all buffers together."""
 
 
 class AttentionPlan(NamedTuple):
@@ -103,8 +103,9 @@ class SlotLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, num_slots: int, capacity: int, dtype: torch.dtype) -> None:
+    def __init__(self, num_layers: int, num_slots: int, capacity: int, dtype: torch.dtype) -> None:
         super().__init__()
+        self.num_layers = num_layers
         self.num_slots = num_slots
         self.capacity = capacity
         self.dtype = dtype
@@ -117,6 +118,7 @@ class SlotLayer(CacheLayerMixin):
                 (self.num_slots, states.shape[1], self.capacity, states.shape[3]),
                 self.dtype,
                 states.device,
+                num_alike=2 * self.num_layers,
             )
             for states in (key_states, value_states)
         )
@@ -171,7 +173,8 @@ class SlotCache(Cache):
         self, model: PreTrainedModel, plan: AttentionPlan, num_slots: int, capacity: int, dtype: torch.dtype | None
     ) -> None:
         """Make room for `num_slots` rows of up to `capacity` tokens; `dtype` None keeps the model's own."""
-        self.slot_layers = [SlotLayer(num_slots, capacity, dtype or model.dtype) for _ in range(plan.num_layers)]
+        num_layers, dtype_kept = plan.num_layers, dtype or model.dtype
+        self.slot_layers = [SlotLayer(num_layers, num_slots, capacity, dtype_kept) for _ in range(num_layers)]
         super().__init__(layers=list(self.slot_layers))
         self.model = model
         self.plan = plan
@@ -225,10 +228,11 @@ class SlotCache(Cache):
 
     def extend(
         self, tokens: Int[Tensor, "live queries"], positions: Int[Tensor, "live queries"], width: int
-    ) -> Float[Tensor, "live queries hidden"]:
+    ) -> Float[Tensor, "rows queries hidden"]:
         """Append tokens to each live row and return the trunk's states; the longest row is now `width` long.
 
-        A row with fewer tokens is padded on the right: what it writes there is never seen by a token before it.
+        A row with fewer tokens is padded on the right: what it writes there is never seen by a token before it. Behind
+        the live rows there may be some that fill them up.
         """
         if self.graphs is not None and tokens.shape[1] == 1:
             return self.graphs(tokens, positions, width)
@@ -240,7 +244,7 @@ class SlotCache(Cache):
         filled_up = -(-live // ROW_STEP) * ROW_STEP
         rows = filled_up if filled_up < self.slot_layers[0].num_slots else live
         tokens, positions = (F.pad(one, (0, 0, 0, rows - live)) for one in (tokens, positions))
-        return self._extend(tokens, positions, width)[:live]
+        return self._extend(tokens, positions, width)
 
     def _extend(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
         distance = (positions[:, :, None] - torch.arange(width, device=positions.device))[:, None]
@@ -297,13 +301,14 @@ class SlotCache(Cache):
         return mix(place.bags[num_heads], query, keys, values, block.scaling).to(product_dtype(query))
 
 
-def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, num_alike: int) -> Tensor:
     """Return zeros (a masked column must still be finite); on the CPU large ones take no memory before being written.
 
-    Small ones are of the process's own memory, which is at hand: to take new pages would cost more than all writing.
+    Where all of its kind, `num_alike`, are small together, they are of the process's own memory, which is at hand: to
+    take new pages would cost more than all writing.
     """
     num_bytes = prod(shape) * dtype.itemsize
-    if device.type != "cpu" or os.name != "posix" or num_bytes <= SMALL_BYTES:
+    if device.type != "cpu" or os.name != "posix" or num_alike * num_bytes <= SMALL_BYTES:
         return torch.zeros(shape, dtype=dtype, device=device)
     # Pages of their own: torch.zeros would write every one, and numpy.zeros asks for huge ones.
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

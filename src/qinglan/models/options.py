@@ -109,7 +109,7 @@ def _score(
     starts = torch.tensor([len(prompts[item.prompt]) - 1 for item in items])
     positions = starts[:, None] + torch.arange(longest)
     device = lm.model.device
-    states = memory.extend(tokens.to(device), positions.to(device), int(positions.max()) + 1)
+    states = memory.extend(tokens.to(device), positions.to(device), int(positions.max()) + 1)[: len(items)]
     lengths = [len(item.token_ids) for item in items]
     predicting = torch.cat([row[:length] for row, length in zip(states, lengths, strict=True)])
     targets = torch.tensor([token for item in items for token in item.token_ids], device=device)

@@ -33,8 +33,8 @@ class RowMemory(Protocol):
 
     def extend(
         self, tokens: Int[Tensor, "live queries"], positions: Int[Tensor, "live queries"], width: int
-    ) -> Float[Tensor, "live queries hidden"]:
-        """Append tokens to each live row, at their positions, and return their states."""
+    ) -> Float[Tensor, "rows queries hidden"]:
+        """Append tokens to each live row, at their positions, and return their states; more rows may follow."""
         ...
 
     def copy(self, targets: Sequence[int], sources: Sequence[int], width: int) -> None:
@@ -149,7 +149,7 @@ def _try_slots(model: PreTrainedModel, plan: AttentionPlan, dtype: torch.dtype |
     try:
         for memory in (cache, plain):
             memory.prefill([row[:-1] for row in rows], [0, 1], [0, 1])
-            logits.append(vocabulary_logits(model, memory.extend(last[:, None], positions[:, None], 5)[:, 0]))
+            logits.append(vocabulary_logits(model, memory.extend(last[:, None], positions[:, None], 5)[:2, 0]))
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         return f"its attention takes no cache by slots ({type(error).__name__}: {error})", 1
     is_exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)

@@ -68,7 +68,7 @@ def draw(
 
     Temperature 0 takes the most probable token. Filters come in this order: allowed set, temperature, top-k, top-p.
     """
-    tempered = logits.float() / (temperature or 1.0)
+    tempered = logits.float() if temperature in (0, 1) else logits.float() / temperature
     bound = tempered if allowed is None else tempered.masked_fill(~allowed, -torch.inf)
     if temperature == 0:
         token_ids, logprobs = bound.argmax(-1), bound.log_softmax(-1)
