@@ -17,9 +17,9 @@ class Nothing(Config):
     """A run's configuration that says nothing."""
 
 
-def load(work: Workload, dtype: str = "float32") -> LanguageModel:
+def load(work: Workload, dtype: str = "float32", *, for_training: bool = True) -> LanguageModel:
     """Return the workload's model."""
-    return load_language_model(work.model_dir, Device.detect("cpu", dtype))
+    return load_language_model(work.model_dir, Device.detect("cpu", dtype), for_training=for_training)
 
 
 def new_stage() -> tuple[Stage, "tempfile.TemporaryDirectory[str]"]:

@@ -16,9 +16,9 @@ MUST_REACH, AIM = 3.0, 5.0
 NUM_SAMPLES = 8
 OURS: dict[str, list[dict[str, Any]]] = {
     "llama": [{"max_rows": 64}, {"max_rows": 48}, {"max_rows": 128, "memory": "more than the peer's"}],
-    "mini": [{"max_rows": 48}, {"max_rows": 128, "memory": "more than the peer's"}],
+    "mini": [{"max_rows": 40}, {"max_rows": 128, "memory": "more than the peer's"}],
     "base": [
-        {"max_rows": 48, "memory_budget_mib": 340},
+        {"max_rows": 40, "memory_budget_mib": 280},
         {"max_rows": 128, "memory": "more than the peer's"},
     ],
 }
@@ -39,7 +39,7 @@ def ours(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
     from benchmarks.ours import load
     from qinglan.models.generate import SamplingConfig, generate
 
-    lm = load(work, options["dtype"])
+    lm = load(work, options["dtype"], for_training=False)
     data = work.data["sampling"]
     lm = lm._replace(chat=lm.chat._replace(end_ids=frozenset(data["end_ids"])))
     limits = {name: options[name] for name in ("max_rows", "memory_budget_mib") if name in options}

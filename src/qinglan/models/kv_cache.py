@@ -30,7 +30,7 @@ from qinglan.models.cuda_graph import Space
 from qinglan.models.decode_graphs import DecodeGraphs
 from qinglan.models.language_model import max_context
 from qinglan.models.packed import pack_products
-from qinglan.models.trunk import Products, is_written_out, rotation_table, trunk_states
+from qinglan.models.trunk import Products, filled_up, is_written_out, rotation_table, trunk_states
 
 ROW_STEP = 16
 """Decoding on a CPU: live rows are filled up to a multiple of it."""
@@ -208,23 +208,24 @@ class SlotCache(Cache):
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], targets: Sequence[int], sources: Sequence[int]
-    ) -> Float[Tensor, "prompts columns hidden"]:
+    ) -> Float[Tensor, "rows columns hidden"]:
         """Run prompts once, copy prompt `sources[i]` into slot `targets[i]`, and return the trunk's states.
 
         They are padded on the right, and a causal mask is enough: padding stands behind every real token, and columns
-        that a row has not reached are masked when it decodes.
+        that a row has not reached are masked when it decodes. More rows may follow those of the prompts.
         """
-        width = max(len(prompt) for prompt in prompts)
+        width, num_rows, device = max(len(prompt) for prompt in prompts), len(prompts), self.model.device
         if width == 0:
-            return torch.empty(len(prompts), 0, 0)
-        input_ids = np.zeros((len(prompts), width), dtype=np.int64)
-        for row, prompt in zip(input_ids, prompts, strict=True):
+            return torch.empty(num_rows, 0, 0)
+        if device.type == "cpu":  # few different shapes, as in `extend`
+            width, num_rows = min(filled_up(width, 3), self.slot_layers[0].capacity), filled_up(num_rows, 2)
+        input_ids = np.zeros((num_rows, width), dtype=np.int64)
+        for row, prompt in zip(input_ids, prompts, strict=False):
             row[: len(prompt)] = prompt
-        device = self.model.device
         place = Place(width, {}, {}, None, torch.tensor(targets, device=device), torch.tensor(sources, device=device))
         columns = torch.arange(width, device=device)
         distance = (columns[:, None] - columns)[None, None]
-        return self._forward(torch.from_numpy(input_ids).to(device), columns.expand(len(prompts), -1), distance, place)
+        return self._forward(torch.from_numpy(input_ids).to(device), columns.expand(num_rows, -1), distance, place)
 
     def extend(
         self, tokens: Int[Tensor, "live queries"], positions: Int[Tensor, "live queries"], width: int

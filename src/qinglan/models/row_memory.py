@@ -27,8 +27,11 @@ class RowMemory(Protocol):
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], targets: Sequence[int], sources: Sequence[int]
-    ) -> Float[Tensor, "prompts columns hidden"]:
-        """Let slot `targets[i]` hold prompt `sources[i]`; return the states of all prompts, padded on the right."""
+    ) -> Float[Tensor, "rows columns hidden"]:
+        """Let slot `targets[i]` hold prompt `sources[i]`; return the states of all prompts, padded on the right.
+
+        More rows and columns may follow.
+        """
         ...
 
     def extend(

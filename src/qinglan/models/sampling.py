@@ -75,7 +75,7 @@ def draw(
     else:
         logprobs = filtered(bound, top_k, top_p).log_softmax(-1)
         # The sum runs in fp64: in fp32 it would lose the tail of a large vocabulary.
-        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
+        cumulative = logprobs.exp().double().cumsum_(-1)
         target = uniforms[:, None] * cumulative[:, -1:]
         # The first token whose cumulative probability exceeds the target; a token of probability 0 never does so first.
         token_ids = torch.searchsorted(cumulative, target, right=True)[:, 0]
