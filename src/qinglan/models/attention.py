@@ -199,14 +199,13 @@ class _Blocks(torch.autograd.Function):
         query, key, value, *weights = ctx.saved_tensors
         gradient = gradient.flatten(0, 1)
         to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        beta = 0 if len(ctx.spans) == 1 else 1  # a single block would only add to zeros
         for (start, end, first, last), seen in zip(ctx.spans, weights, strict=True):
             to_output = gradient[:, start:end]
             to_weights = torch.bmm(to_output, value[:, first:last].mT)
             scores = torch._softmax_backward_data(to_weights, seen, -1, seen.dtype, grad_input=to_weights)
             torch.bmm(scores, key[:, first:last], out=to_query[:, start:end])
             for total, left, right in ((to_key, scores, query[:, start:end]), (to_value, seen, to_output)):
-                # Faster where nothing stands there yet.
-                beta = 0 if len(ctx.spans) == 1 else 1
                 total[:, first:last].baddbmm_(left.mT, right, beta=beta)
         found = (to_query.mul_(ctx.scale), to_key.mul_(ctx.scale), to_value)
         return *(states.unflatten(0, ctx.outer) for states in found), None, None

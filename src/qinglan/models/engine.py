@@ -24,7 +24,7 @@ from qinglan.models.row_memory import RowMemory
 from qinglan.models.sampling import Draw, SamplingConfig, draw
 
 MAX_PREFILL_TOKENS = 2048
-"""Prompt tokens, padding included, in one forward pass."""
+"""Prompt tokens, padding included, in one forward pass, before rows and columns are filled up (to less than twice)."""
 
 
 class Sample(NamedTuple):

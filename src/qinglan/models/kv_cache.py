@@ -35,7 +35,7 @@ from qinglan.models.trunk import Products, filled_up, is_written_out, rotation_t
 ROW_STEP = 16
 """Decoding on a CPU: live rows are filled up to a multiple of it."""
 SMALL_BYTES = 2**26
-"""Of all buffers together."""
+"""Buffers that take no more, those of all layers together, are plain zeros (`lazy_zeros`)."""
 
 
 class AttentionPlan(NamedTuple):
@@ -173,12 +173,12 @@ class SlotCache(Cache):
         self, model: PreTrainedModel, plan: AttentionPlan, num_slots: int, capacity: int, dtype: torch.dtype | None
     ) -> None:
         """Make room for `num_slots` rows of up to `capacity` tokens; `dtype` None keeps the model's own."""
-        num_layers, dtype_kept = plan.num_layers, dtype or model.dtype
-        self.slot_layers = [SlotLayer(num_layers, num_slots, capacity, dtype_kept) for _ in range(num_layers)]
+        kept, count = dtype or model.dtype, plan.num_layers
+        self.slot_layers = [SlotLayer(count, num_slots, capacity, kept) for _ in range(count)]
         super().__init__(layers=list(self.slot_layers))
         self.model = model
         self.plan = plan
-        self.mask_dtype = dtype or model.dtype
+        self.mask_dtype = kept
         self.graphs: DecodeGraphs | None = None
         self.products: Sequence[Products] = ()
         self.rotations = rotation_table(model, capacity) if is_written_out(model) else None
@@ -218,7 +218,8 @@ class SlotCache(Cache):
         if width == 0:
             return torch.empty(num_rows, 0, 0)
         if device.type == "cpu":  # few different shapes, as in `extend`
-            width, num_rows = min(filled_up(width, 3), self.slot_layers[0].capacity), filled_up(num_rows, 2)
+            most = min(self.slot_layers[0].capacity, max_context(self.model))
+            width, num_rows = min(filled_up(width, 3 if width <= 64 else 5), most), filled_up(num_rows, 2)
         input_ids = np.zeros((num_rows, width), dtype=np.int64)
         for row, prompt in zip(input_ids, prompts, strict=False):
             row[: len(prompt)] = prompt
@@ -242,8 +243,8 @@ class SlotCache(Cache):
         # Products are compiled for each shape, so shapes are kept few: rows are filled up. Those beyond the live ones
         # write to free slots, though never to the last, where a prompt may be parked.
         live = len(tokens)
-        filled_up = -(-live // ROW_STEP) * ROW_STEP
-        rows = filled_up if filled_up < self.slot_layers[0].num_slots else live
+        more = -(-live // ROW_STEP) * ROW_STEP
+        rows = more if more < self.slot_layers[0].num_slots else live
         tokens, positions = (F.pad(one, (0, 0, 0, rows - live)) for one in (tokens, positions))
         return self._extend(tokens, positions, width)
 

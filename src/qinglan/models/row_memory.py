@@ -152,7 +152,7 @@ def _try_slots(model: PreTrainedModel, plan: AttentionPlan, dtype: torch.dtype |
     try:
         for memory in (cache, plain):
             memory.prefill([row[:-1] for row in rows], [0, 1], [0, 1])
-            logits.append(vocabulary_logits(model, memory.extend(last[:, None], positions[:, None], 5)[:2, 0]))
+            logits.append(vocabulary_logits(model, memory.extend(last[:, None], positions[:, None], 5)[:, 0]))
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         return f"its attention takes no cache by slots ({type(error).__name__}: {error})", 1
     is_exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)

@@ -68,6 +68,7 @@ def draw(
 
     Temperature 0 takes the most probable token. Filters come in this order: allowed set, temperature, top-k, top-p.
     """
+    # At 0 and 1 no copy is made: `tempered` may be `logits` itself.
     tempered = logits.float() if temperature in (0, 1) else logits.float() / temperature
     bound = tempered if allowed is None else tempered.masked_fill(~allowed, -torch.inf)
     if temperature == 0:

@@ -124,7 +124,7 @@ def trunk_states(
         position_ids: their positions.
         mask: what `attention.attention` takes; None: causal, and where positions start again, a sequence of its own.
         attend: what keeps keys and values of earlier tokens: from a layer's attention, its number, its queries, keys,
-            values and the mask to what the queries read.
+            values and the mask to what the queries read, [B, T, H, K].
         places: numbers row * T + column of the states that are asked for; default: all.
         rows: what attention sees, where `input_ids` are one list of tokens (B = 1).
         products: what stands in for the layers' matrices (`packed.py`).
