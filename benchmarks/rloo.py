@@ -17,12 +17,12 @@ ITERATIONS = {"llama": 4, "mini": 1, "base": 1}
 OURS: dict[str, list[dict[str, Any]]] = {
     "llama": [{"max_tokens": 1024}, {"max_tokens": 2048}, {"max_tokens": 4096}],
     "mini": [{"max_tokens": 2048}],
-    "base": [{"max_tokens": 2048}],
+    "base": [{"max_tokens": 1024}, {"max_tokens": 2048, "memory": "more than the peer's"}],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
     "llama": [{"batch": 16}, {"batch": 64}, {"batch": 64, "continuous": True}],
     "mini": [{"batch": 16}],
-    "base": [{"batch": 16}],
+    "base": [{"batch": 16}, {"batch": 64}],
 }
 PEER_DEFAULTS: dict[str, Any] = {"batch": 8, "gradient_checkpointing": True}
 """Of `RLOOConfig`."""

@@ -16,7 +16,11 @@ BLOCK = {"llama": 1024, "mini": 256, "base": 256}
 OURS: dict[str, list[dict[str, Any]]] = {
     "llama": [{"pack": pack, "max_tokens": tokens} for pack in (True, False) for tokens in (1024, 2048)],
     "mini": [{"pack": False, "max_tokens": 1024}],
-    "base": [{"pack": False, "max_tokens": 1024}],
+    "base": [
+        {"pack": False, "max_tokens": 1024},
+        {"pack": False, "max_tokens": 2048},
+        {"pack": True, "max_tokens": 2048},
+    ],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
     "llama": [
@@ -27,7 +31,7 @@ PEER: dict[str, list[dict[str, Any]]] = {
         {"batch": 4, "by_length": True},
     ],
     "mini": [{"batch": 8, "by_length": True}],
-    "base": [{"batch": 8, "by_length": True}],
+    "base": [{"batch": 8, "by_length": True}, {"batch": 4, "by_length": True}, {"packing": "bfd", "batch": 1}],
 }
 PEER_DEFAULTS: dict[str, Any] = {"packing": "bfd", "batch": 8, "gradient_checkpointing": True}
 """Packing as the documentation has it, `per_device_train_batch_size` and `gradient_checkpointing` of `SFTConfig`."""
