@@ -18,8 +18,8 @@ OURS: dict[str, list[dict[str, Any]]] = {
     "mini": [{"pack": False, "max_tokens": 1024}],
     "base": [
         {"pack": False, "max_tokens": 1024},
-        {"pack": False, "max_tokens": 2048},
-        {"pack": True, "max_tokens": 2048},
+        {"pack": True, "max_tokens": 1024},
+        {"pack": False, "max_tokens": 2048, "memory": "more than the peer's"},
     ],
 }
 PEER: dict[str, list[dict[str, Any]]] = {
