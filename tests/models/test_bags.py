@@ -12,7 +12,8 @@ from qinglan.models.attention import last_token_attention
 from qinglan.models.bags import has_bags, make_bags, mix
 from qinglan.models.generate import SamplingConfig, generate
 
-pytestmark = pytest.mark.skipif(not has_bags(torch.zeros(1, 1, 1, 1)), reason="this processor has no fast kernels")
+# Not by `has_bags`: where the kernels belong but fail their trial, a test is to fail.
+pytestmark = pytest.mark.skipif(not bags.is_built(), reason="no x86 processor, or PyTorch without fbgemm")
 
 
 def buffers(slots=5, groups=2, columns=9, units=4):

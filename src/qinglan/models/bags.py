@@ -31,7 +31,9 @@ class Bags(NamedTuple):
     pattern: Float[Tensor, "BH P"]
     """Sparse by rows (CSR), W places in each: 0 where the query sees one, the lowest number elsewhere."""
     places: Int[Tensor, " BHW"]
+    """Numbers in a buffer seen as [P, K]; those of a query stand together."""
     starts: Int[Tensor, " BH"]
+    """Where each query's places begin."""
 
 
 def has_bags(buffer: Float[Tensor, "S G C K"]) -> bool:
@@ -39,13 +41,16 @@ def has_bags(buffer: Float[Tensor, "S G C K"]) -> bool:
     return buffer.device.type == "cpu" and buffer.dtype == torch.float32 and buffer.numel() < 2**31 and _has_kernels()
 
 
+def is_built() -> bool:
+    """Return True for an x86 processor and a build of PyTorch with fbgemm, whose kernels these are."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return is_x86 and "fbgemm" in torch.backends.quantized.supported_engines
+
+
 @cache
 def _has_kernels() -> bool:
     """Try them once: how they take 32-bit numbers and repeated places is not promised by PyTorch."""
-    if (
-        platform.machine().lower() not in ("x86_64", "amd64")
-        or "fbgemm" not in torch.backends.quantized.supported_engines
-    ):
+    if not is_built():
         return False
     query, buffer = torch.arange(2.0).view(2, 1, 1, 1), torch.arange(4.0).view(2, 1, 2, 1)
     positions, added = torch.tensor([[0], [1]]), torch.tensor([[0.0, torch.finfo(torch.float32).min], [0.0, 0.0]])
