@@ -92,6 +92,25 @@ def test_clipping_returns_the_norm_before():
     torch.testing.assert_close(net.weight.grad, torch.tensor([[0.6, 0.8]]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("max_norm", [0.5, 1.0, 100.0, math.inf])
+def test_clipping_gives_the_bits_of_clip_grad_norm(max_norm):
+    ours, theirs = nn.Linear(8, 4), nn.Linear(8, 4)
+    generator = torch.Generator().manual_seed(0)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        one.grad = torch.randn(one.shape, generator=generator)
+        other.grad = one.grad.clone()
+    assert clip_gradients(ours, max_norm) == float(nn.utils.clip_grad_norm_(theirs.parameters(), max_norm))
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_clipping_nothing_and_what_is_not_a_number():
+    net = nn.Linear(2, 1, bias=False)
+    assert clip_gradients(net, 1.0) == 0.0
+    net.weight.grad = torch.tensor([[math.nan, 1.0]])
+    assert math.isnan(clip_gradients(net, 1.0))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_stops_with_stage_and_step(value):
     with pytest.raises(InputError, match=r"^sft, step 7: the loss is (nan|inf);") as caught:

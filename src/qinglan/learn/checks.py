@@ -30,7 +30,7 @@ MAX_PADDING_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 """How far a score or log-probability may move with the company in its batch."""
 
 
-NUM_PROBES = 8
+NUM_PROBES = 4
 """Sequences on which padding invariance is tried."""
 
 

@@ -115,8 +115,16 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradients down to a global L2 norm of at most `max_norm`; return the norm before."""
-    return float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    """Scale the gradients down to a global L2 norm of at most `max_norm`; return the norm before.
+
+    The numbers are those of `torch.nn.utils.clip_grad_norm_`, which multiplies even where nothing is to be scaled.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    factor = float(max_norm / (norm + 1e-6))
+    if factor < 1:
+        torch._foreach_mul_(gradients, factor)
+    return float(norm)
 
 
 def check_finite(value: float, what: str, where: str) -> float:

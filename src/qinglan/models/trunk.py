@@ -307,13 +307,14 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        # With p = g x:  dw = sum p r,  dx = r g w - x r^3 mean(p w)
+        # That of a layer norm whose mean is 0 lacks only the mean's own part: dx = dx' + r mean(g w).
         x, weight, scale = ctx.saved_tensors
-        gradient = gradient.float()
-        product = (gradient * x).flatten(0, -2)
-        mean = torch.mv(product, weight).div_(x.shape[-1]).view(scale.shape)
-        to_x = (gradient * weight).mul_(scale).addcmul_(x, mean * scale**3, value=-1)
-        to_weight = torch.mv(product.mT, scale.flatten()) if ctx.needs_input_grad[1] else None
+        gradient, units = gradient.float(), x.shape[-1:]
+        wanted = [True, ctx.needs_input_grad[1], False]
+        to_x, to_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            gradient, x, units, torch.zeros_like(scale), scale, weight, None, wanted
+        )
+        to_x.add_(torch.linalg.vecdot(gradient, weight)[..., None] * scale, alpha=1 / len(weight))
         return to_x, to_weight, None, None
 
 
