@@ -136,7 +136,8 @@ def tune(job: str, setting: str, dtype: str, folder: Path, python_of: Callable[[
     """Try every candidate setting of both sides, warmed up; write the rates and the best of each side.
 
     The best is the fastest that computes the same as the other side ("differs" names what does not) and takes no more
-    memory than it ("memory" names what does). Without `again` what was tried before stays.
+    memory than it ("memory" names what does, "memory float32" what does in fp32). Without `again` what was tried before
+    stays.
     """
     module = importlib.import_module(f"benchmarks.{job}")
     path = TUNING / f"{job}-{case_of(setting, dtype)}.json"
@@ -159,14 +160,15 @@ def tune(job: str, setting: str, dtype: str, folder: Path, python_of: Callable[[
                 rates = {"failed": str(error).splitlines()[-1]}
             tried.append({"options": options, **rates})
             print(f"  {job}/{setting} {name} {json.dumps(options)}: {rates}", file=sys.stderr, flush=True)
-            write(path, found | {name: {"tried": tried, "best": best_of(tried)}})
-        found[name] = {"tried": tried, "best": best_of(tried)}
+            write(path, found | {name: {"tried": tried, "best": best_of(tried, dtype)}})
+        found[name] = {"tried": tried, "best": best_of(tried, dtype)}
         write(path, found)
 
 
-def best_of(tried: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def best_of(tried: Sequence[dict[str, Any]], dtype: str) -> dict[str, Any] | None:
     """Return the options of the fastest run by CPU time among those that may be compared, or None."""
-    working = [one for one in tried if "rate" in one and not one["options"].keys() & {"bf16", "differs", "memory"}]
+    barred = {"bf16", "differs", "memory", f"memory {dtype}"}
+    working = [one for one in tried if "rate" in one and not one["options"].keys() & barred]
     best: dict[str, Any] | None = max(working, key=lambda one: one["cpu_rate"])["options"] if working else None
     return best
 
