@@ -13,7 +13,15 @@ from qinglan.models.directory import prepare
 from qinglan.models.language_model import hidden_states, save_language_model, target_states
 from qinglan.models.prompt_sharing import PromptTree, make_tree_batch, tree_states
 from qinglan.models.tokens import TokenBatch, TokenSequence, collate
-from qinglan.models.trunk import _RMSNorm, _Rotate, filled_up, is_written_out, states_of_batch, trunk_states
+from qinglan.models.trunk import (
+    _RMSNorm,
+    _Rotate,
+    filled_up,
+    is_written_out,
+    states_of_batch,
+    trunk_states,
+    with_filled_rows,
+)
 
 WRITTEN_OUT = ("llama", "qwen2", "qwen3")
 LAYOUTS = ([[0], [1], [2], [3], [4], [5]], [[3, 4, 1], [2, 0, 5]])  # one sequence a row; packed
@@ -210,3 +218,12 @@ def test_gradients_of_a_tree_sum_over_the_completions_that_share_a_place():
     expected = output.last_hidden_state[batch.target_rows, batch.predicting_columns]
     assert int((batch.predicting_columns == 2).sum()) == 3  # the prompt's last token predicts three first ones
     assert_close(gradients(lm.model, found), gradients(lm.model, expected))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 31, 33, 64, 587])
+def test_rows_are_filled_up_with_zeros_to_few_sizes(num_rows):
+    # 587 has ten binary digits, of which five are kept: the next multiple of 32 is 608.
+    states = torch.randn(num_rows, 4)
+    found = with_filled_rows(states)
+    assert len(found) == {0: 0, 1: 1, 31: 31, 33: 34, 64: 64, 587: 608}[num_rows]
+    assert torch.equal(found[:num_rows], states) and not found[num_rows:].any()

@@ -42,6 +42,7 @@ from qinglan.models.completion_rows import make_completion_batches, states_at_en
 from qinglan.models.directory import load_tokenizer, prepare, save_weights, write_model_directory
 from qinglan.models.language_model import LanguageModel, end_states
 from qinglan.models.tokens import TokenBatch, TokenSequence
+from qinglan.models.trunk import with_filled_rows
 
 
 class ScalarModel(NamedTuple):
@@ -100,7 +101,9 @@ def token_values(scalar: ScalarModel, hidden: Tensor) -> Tensor:
     """Return one number for each token, fp32 [...], offset subtracted, from hidden states [..., D]."""
     head: Any = scalar.model.score
     with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.float(), head.weight.float())[..., 0] - scalar.offset
+        rows = with_filled_rows(hidden.float().flatten(0, -2))
+        values = F.linear(rows, head.weight.float())[: hidden.shape[:-1].numel(), 0]
+        return values.view(hidden.shape[:-1]) - scalar.offset
 
 
 def last_token_scores(scalar: ScalarModel, batch: TokenBatch) -> Tensor:

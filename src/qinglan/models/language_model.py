@@ -33,7 +33,7 @@ from qinglan.models.adapters import LoRAConfig, adapter_of, load_model, save_ada
 from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
 from qinglan.models.directory import MAX_FILE_SIZE, load_tokenizer, save_weights, write_model_directory
 from qinglan.models.tokens import SequenceRow, TokenBatch, TokenSequence, collate, padded_batches
-from qinglan.models.trunk import is_written_out, states_in_rows, states_of_batch
+from qinglan.models.trunk import is_written_out, states_in_rows, states_of_batch, with_filled_rows
 
 __all__ = [
     "LanguageModel",
@@ -283,7 +283,7 @@ def token_logprobs(
         raise InputError(f"temperature: {temperature}; expected more than 0 to score tokens")
 
     def of_chunk(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        logits = vocabulary_logits(model, states)
+        logits = vocabulary_logits(model, with_filled_rows(states))[: len(states)]
         all_logprobs = F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
         logprobs = all_logprobs.gather(-1, tokens[:, None])[:, 0]
         if not with_entropy:

@@ -189,7 +189,7 @@ def states_of_batch(
         return trunk_states(model, input_ids, position_ids, mask)[:, :num_columns]
     moved = places // num_columns * width + places % num_columns
     # Some places may be asked for twice: where that makes them more than there are, nothing is gained.
-    more = max(0, min(filled_up(len(places)), input_ids.numel()) - len(places))
+    more = max(0, min(filled_up(len(places), 5), input_ids.numel()) - len(places))
     return trunk_states(model, input_ids, position_ids, mask, places=F.pad(moved, (0, more)))[: len(places)]
 
 
@@ -207,7 +207,7 @@ def states_in_rows(
     shown = torch.from_numpy(np.flatnonzero(numbers >= 0))
     more = filled_up(len(shown), 5) - len(shown)  # lists of tokens have more sizes than rows have
     tokens, positions = (F.pad(one.flatten()[shown], (0, more))[None] for one in (input_ids, position_ids))
-    more = max(0, min(filled_up(len(places)), tokens.numel()) - len(places))
+    more = max(0, min(filled_up(len(places), 5), tokens.numel()) - len(places))
     wanted = F.pad(torch.from_numpy(numbers)[places], (0, more))
     return trunk_states(model, tokens, positions, rows=rows, places=wanted)[: len(places)]
 
@@ -225,6 +225,15 @@ def filled_up(number: int, num_digits: int = 6) -> int:
     """Return the next number of at most `num_digits` binary digits, then zeros: with 6 less than 1/32 more."""
     step = 1 << max(0, number.bit_length() - num_digits)
     return -(-number // step) * step
+
+
+def with_filled_rows(states: Float[Tensor, "N D"]) -> Float[Tensor, "M D"]:
+    """Return states with rows of zeros behind them on a CPU, so that their products have few different sizes.
+
+    oneDNN keeps what it compiles for a size, some 300 KB: with ever new numbers of targets that grows with the run.
+    """
+    more = filled_up(len(states), 5) - len(states) if states.device.type == "cpu" else 0
+    return F.pad(states, (0, 0, 0, more)) if more else states
 
 
 def packed_mask(position_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"] | None:
