@@ -62,7 +62,8 @@ def tried_table() -> str:
                 for one in tuned.get(side, {}).get("tried", []):
                     rate = f"{one['cpu_rate']:.4g}" if "cpu_rate" in one else one["failed"].replace("|", "/")
                     chosen = " (chosen)" if one["options"] == tuned[side]["best"] else ""
-                    options = ", ".join(f"{name} {value}" for name, value in one["options"].items())
+                    other = "memory float32" if path.stem.endswith("bfloat16") else "memory bfloat16"
+                    options = ", ".join(f"{name} {value}" for name, value in one["options"].items() if name != other)
                     lines.append(f"| {path.stem.replace('-', ', ')} | {side} | {options}{chosen} | {rate} |")
     return "\n".join(lines)
 

@@ -81,7 +81,7 @@ def sft_of(base: LanguageModel, stage: Stage, lora: LoRAConfig = LORA, epochs: i
 
 
 def reward_of(base: LanguageModel, stage: Stage, lora: LoRAConfig = LORA, count: int = 240, every: int = 100) -> Any:
-    # At twice the rate, on half of the data, two seeds in ten end at chance; so none does.
+    # At twice the rate, on half of the data, one or two seeds in ten learn nothing; so none of ten does.
     slower = FAST.model_copy(update={"learning_rate": 1e-2})
     config = RewardConfig(optimizer=slower, num_epochs=3, lora=lora, checkpoint_every=every)
     return train_reward_model(base, ranked(count), config, stage=stage, seed=3, valid=ranked(20, seed=9))

@@ -235,3 +235,11 @@ def test_the_scorer_takes_token_ids_as_sampled():
     score = as_scorer(scalar)
     assert score([prompt], [make_completion("the", spelled)]) == pytest.approx(expected, abs=1e-5)
     assert score([prompt], [make_completion("the")]) != pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (37,), (3, 0), (5, 7)])
+def test_values_of_states_of_any_shape(shape):
+    scalar = make_scalar(offset=0.5)
+    head = scalar.model.score.weight
+    hidden = torch.randn(*shape, head.shape[1], generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(token_values(scalar, hidden), hidden @ head[0] - 0.5)

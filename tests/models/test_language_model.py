@@ -234,6 +234,32 @@ def test_logits_are_computed_for_targets_only(tiny_lm, monkeypatch):
     assert seen == [(3, 16)]
 
 
+@pytest.mark.parametrize("num_targets", [0, 1, 37, 587])
+def test_rows_that_fill_up_change_no_logprob_entropy_or_gradient(tiny_lm, num_targets):
+    lm = tiny_lm()
+    head = lm.model.get_output_embeddings()
+    states = torch.randn(num_targets, head.in_features, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(num_targets) % head.out_features
+    found_states, plain_states = states.clone().requires_grad_(), states.clone().requires_grad_()
+    found = token_logprobs(lm.model, found_states, targets)
+    every = (plain_states @ head.weight.T).log_softmax(-1)
+    plain = every.gather(-1, targets[:, None])[:, 0], -(every.exp() * every).sum(-1)
+    torch.testing.assert_close((found.logprobs, found.entropy), plain, atol=1e-5, rtol=1e-5)
+    (found.logprobs.sum() + found.entropy.sum()).backward()
+    (plain[0].sum() + plain[1].sum()).backward()
+    torch.testing.assert_close(found_states.grad, plain_states.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_logits_have_few_sizes(tiny_lm, monkeypatch):
+    lm, sizes = tiny_lm(), set()
+    real = language_model.vocabulary_logits
+    monkeypatch.setattr(language_model, "vocabulary_logits", lambda model, x: sizes.add(len(x)) or real(model, x))
+    width = lm.model.get_output_embeddings().in_features
+    for num_targets in range(512, 1025):  # between two powers of two there are sixteen
+        token_logprobs(lm.model, torch.zeros(num_targets, width), torch.zeros(num_targets, dtype=torch.long))
+    assert sizes == set(range(512, 1025, 32))
+
+
 def test_too_long_a_sequence_is_refused_with_its_length(tiny_lm):
     lm = tiny_lm("gpt2")
     assert max_context(lm.model) == 256

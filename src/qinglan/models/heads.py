@@ -101,7 +101,7 @@ def token_values(scalar: ScalarModel, hidden: Tensor) -> Tensor:
     """Return one number for each token, fp32 [...], offset subtracted, from hidden states [..., D]."""
     head: Any = scalar.model.score
     with torch.autocast(hidden.device.type, enabled=False):
-        rows = with_filled_rows(hidden.float().flatten(0, -2))
+        rows = with_filled_rows(hidden.float().reshape(-1, hidden.shape[-1]))
         values = F.linear(rows, head.weight.float())[: hidden.shape[:-1].numel(), 0]
         return values.view(hidden.shape[:-1]) - scalar.offset
 

@@ -283,14 +283,16 @@ def token_logprobs(
         raise InputError(f"temperature: {temperature}; expected more than 0 to score tokens")
 
     def of_chunk(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        logits = vocabulary_logits(model, with_filled_rows(states))[: len(states)]
+        num_targets, states = len(states), with_filled_rows(states)
+        tokens = F.pad(tokens, (0, len(states) - num_targets))
+        logits = vocabulary_logits(model, states)
         all_logprobs = F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
-        logprobs = all_logprobs.gather(-1, tokens[:, None])[:, 0]
+        logprobs = all_logprobs.gather(-1, tokens[:, None])[:num_targets, 0]
         if not with_entropy:
             return logprobs, torch.full_like(logprobs, torch.nan)
         if not entropy_gradient:
             all_logprobs = all_logprobs.detach()
-        return logprobs, -(all_logprobs.exp() * all_logprobs).sum(-1)  # H = -sum_v p_v log p_v
+        return logprobs, -(all_logprobs.exp() * all_logprobs).sum(-1)[:num_targets]  # H = -sum_v p_v log p_v
 
     if chunk_tokens is None:
         chunk_tokens = max(1, _CHUNK_ELEMENTS // vocabulary_size(model))
