@@ -15,8 +15,7 @@ MUST_REACH, AIM = 2.0, 3.0
 EPISODES, MINIBATCH, EPOCHS, NEW_TOKENS = 32, 16, 4, 64
 USES_OLD_TRL = True
 ITERATIONS = {"llama": 4, "mini": 1, "base": 1}
-"""Of one of our slices: enough that what is done once in a training (checks, saving) weighs little. The peer's, with
-less of that, holds half as many, at least one."""
+"""Of one slice, on both sides: enough that what is done once in a training (checks, saving) weighs little."""
 OURS: dict[str, list[dict[str, Any]]] = {
     "llama": [
         {"max_tokens": 1024},
@@ -82,7 +81,7 @@ def peer(work: Workload, options: dict[str, Any]) -> Callable[[], Callable[[], f
 
     from benchmarks.trl_side import arguments, causal_model, scalar_model, tokenizer_of
 
-    num_episodes = EPISODES * max(1, ITERATIONS[work.setting] // 2)
+    num_episodes = EPISODES * ITERATIONS[work.setting]
     tokenizer = tokenizer_of(work)
     ids = [
         tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)

@@ -316,7 +316,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        # That of a layer norm whose mean is 0 lacks only the mean's own part: dx = dx' + r mean(g w).
+        # dx = r g w - x r^3 mean(g w x),  dw = sum g x r: the gradient of a layer norm with mean 0, but that the mean
+        # would depend on x, too; what that takes away, r mean(g w), is added again.
         x, weight, scale = ctx.saved_tensors
         gradient, units = gradient.float(), x.shape[-1:]
         wanted = [True, ctx.needs_input_grad[1], False]
