@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from qinglan.core.device import Device
+from qinglan.models import kernels
 from qinglan.models.chat import TemplateName, make_chat_format
 from qinglan.models.directory import prepare
 from qinglan.models.heads import ScalarModel
@@ -139,3 +140,18 @@ def tiny_lm() -> Callable[..., LanguageModel]:
 def generator() -> torch.Generator:
     """Return a seeded CPU generator."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models run as where no compiler is."""
+    monkeypatch.setattr(kernels, "library", lambda: None)
+
+
+@pytest.fixture(params=["kernels", "operations"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test runs with compiled kernels and without."""
+    if request.param == "operations":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    elif kernels.library() is None:
+        pytest.skip("no compiler for kernels")

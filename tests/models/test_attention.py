@@ -77,7 +77,7 @@ def test_heads_that_share_keys_and_values_are_as_if_each_had_its_own():
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "gemma3"])
-def test_a_model_takes_it_in_both_precisions_and_packed_rows_stay_apart(architecture, monkeypatch):
+def test_a_model_takes_it_in_both_precisions_and_packed_rows_stay_apart(architecture, no_kernels, monkeypatch):
     calls = []
     plain = attention.block_attention
     monkeypatch.setattr(attention, "block_attention", lambda *given: calls.append(given[0].dtype) or plain(*given))

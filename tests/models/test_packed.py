@@ -35,10 +35,15 @@ def test_every_product_is_that_of_the_modules(architecture, everywhere):
         layers = lm.model.base_model.layers
         for own, layer in zip(pack_products(lm.model, 5, torch.float32), layers, strict=True):
             plain = Products.of(layer)
-            heads = torch.cat(list(own.heads(states)), dim=-1)  # queries and keys may come together
-            torch.testing.assert_close(heads, torch.cat(list(plain.heads(states)), dim=-1), atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(own.output(states), plain.output(states), atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(own.mlp(states), plain.mlp(states), atol=1e-5, rtol=1e-5)
+            wide = torch.randn(5, 1, layer.mlp.down_proj.in_features, generator=torch.Generator().manual_seed(1))
+            pairs = [
+                *zip(own.heads(states), plain.heads(states), strict=True),
+                *zip(own.gate_and_up(states), plain.gate_and_up(states), strict=True),
+                (own.output(states), plain.output(states)),
+                (own.down(wide), plain.down(wide)),
+            ]
+            for found, expected in pairs:
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_completions_are_the_same_with_and_without(everywhere, monkeypatch):

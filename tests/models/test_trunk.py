@@ -8,6 +8,7 @@ from conftest import make_sequences, make_tiny_lm
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from qinglan.learn.dropout import residual_dropout
+from qinglan.models import kernels
 from qinglan.models.adapters import LoRAConfig, trainable_copy
 from qinglan.models.directory import prepare
 from qinglan.models.language_model import hidden_states, save_language_model, target_states
@@ -23,6 +24,7 @@ from qinglan.models.trunk import (
     with_filled_rows,
 )
 
+pytestmark = pytest.mark.usefixtures("both_ways")
 WRITTEN_OUT = ("llama", "qwen2", "qwen3")
 LAYOUTS = ([[0], [1], [2], [3], [4], [5]], [[3, 4, 1], [2, 0, 5]])  # one sequence a row; packed
 
@@ -73,12 +75,22 @@ def test_the_last_layer_is_worked_out_where_a_state_is_asked_for_and_nowhere_els
     lm = make_tiny_lm("llama")
     sizes: list[int] = []
     for layer in lm.model.base_model.layers:
-        layer.mlp.register_forward_hook(lambda _module, inputs, _output: sizes.append(inputs[0][..., 0].numel()))
+        layer.mlp.down_proj.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0][..., 0].numel()))
     batch = collate(make_sequences(lm))
     num_real, num_targets = filled_up(int(batch.real_mask.sum()), 5), filled_up(int(batch.target_mask.sum()))
     target_states(lm.model, batch)
-    assert sizes == [num_real] * (len(sizes) - 1) + [num_targets]
     assert num_targets < num_real < batch.input_ids.numel()  # half of these rows is padding
+    num_first = num_real if kernels.library() is not None else batch.input_ids.numel()
+    assert sizes == [num_first] * (len(sizes) - 1) + [num_targets]
+
+
+@pytest.mark.parametrize("part", ["mlp", "self_attn", "input_layernorm"])
+def test_a_hook_on_a_module_that_is_not_called_sends_the_model_to_transformers(part):
+    lm, calls = make_tiny_lm("llama"), []
+    getattr(lm.model.base_model.layers[0], part).register_forward_hook(lambda *_: calls.append(part))
+    assert not is_written_out(lm.model)
+    hidden_states(lm.model, collate(make_sequences(lm)))
+    assert calls == [part]
 
 
 def test_a_tree_of_completions_has_the_states_of_transformers():

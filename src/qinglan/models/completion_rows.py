@@ -17,12 +17,10 @@ from transformers import PreTrainedModel
 from qinglan.models.language_model import TokenBatch, TokenSequence, max_context, states_at
 from qinglan.models.prompt_sharing import PromptTree, TreeBatch, can_share_prompt, make_tree_batch, tree_states
 from qinglan.models.tokens import collate, plan_rows
-from qinglan.models.trunk import are_rows_smaller, is_written_out
+from qinglan.models.trunk import has_runs
 
 MOST_LEFT = 15 / 16
 """Tokens with a shared prompt, as a share of those without, up to which sharing pays."""
-MOST_SHOWN = 4
-"""Places in rows of attention for each token; more would take more memory than the budget of tokens promises."""
 
 
 class CompletionBatch(NamedTuple):
@@ -71,8 +69,8 @@ def make_completion_batches(
     device, shared = models[0].device, list[list[int]]()
     if all(can_share_prompt(model) for model in models):
         context, hidden = min(map(max_context, models)), models[0].config.get_text_config().hidden_size
-        in_rows = all(is_written_out(model) for model in models)
-        shared = [part for part in _parts(sequences, chosen, context, max_tokens, hidden, in_rows) if len(part) > 1]
+        in_runs = all(has_runs(model) for model in models)
+        shared = [part for part in _parts(sequences, chosen, context, max_tokens, hidden, in_runs) if len(part) > 1]
     trees = [_tree_of([sequences[number] for number in part]) for part in shared]
     for rows in plan_rows([tree.num_tokens for tree in trees], max_tokens, pack=False, multiple_of=multiple_of):
         numbers = [number for [i] in rows for number in shared[i]]
@@ -143,7 +141,7 @@ def _parts(
     context: int,
     max_tokens: int,
     hidden: int,
-    in_rows: bool,
+    in_runs: bool,
 ) -> list[list[int]]:
     """Return completions of one prompt that go into one row; who is alone in a part gains nothing from a tree.
 
@@ -164,19 +162,19 @@ def _parts(
         parts[-1].append(number)
         columns[prompt] += length
     found = [part for parts in by_prompt.values() for part in parts]
-    return [part for part in found if _pays([sequences[one] for one in part], hidden, in_rows)]
+    return [part for part in found if _pays([sequences[one] for one in part], hidden, in_runs)]
 
 
-def _pays(part: Sequence[TokenSequence], hidden: int, in_rows: bool) -> bool:
+def _pays(part: Sequence[TokenSequence], hidden: int, in_runs: bool) -> bool:
     """Return True if one row with a shared prompt takes less time than separate rows.
 
-    In units of D products a layer, a token of a row with T columns costs about 12 D and, for attention, 2 T at half the
-    speed of the others (measured on a CPU); a causal kernel skips half of these, the mask of a tree does not. Where
-    attention can have rows of its own (`attention_rows.py`) it costs the same, and what is saved must only be worth it.
+    Kernels of our own skip what a token of a tree does not see, so that every token saved is a gain. Elsewhere, in
+    units of D products a layer, a token of a row with T columns costs about 12 D and, for attention, 2 T at half the
+    speed of the others (measured on a CPU); causal attention skips half of these, the mask of a tree does not.
     """
     lengths = [len(one.token_ids) for one in part]
     columns = sum(lengths) - (len(part) - 1) * part[0].num_prompt_tokens
-    if in_rows and are_rows_smaller(lengths, (1, columns)) and sum(lengths) <= MOST_SHOWN * columns:
+    if in_runs:
         return columns <= MOST_LEFT * sum(lengths)
     separate = sum(length * (12 * hidden + 2 * length) for length in lengths)
     return columns * (12 * hidden + 4 * columns) < separate

@@ -24,13 +24,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from qinglan.models.attention import attention, product_dtype
-from qinglan.models.bags import MIN_ROWS, Bags, has_bags, make_bags, mix
+from qinglan.models import kernels
+from qinglan.models.attention import attention
 from qinglan.models.cuda_graph import Space
 from qinglan.models.decode_graphs import DecodeGraphs
+from qinglan.models.kernels import Rotation
 from qinglan.models.language_model import max_context
 from qinglan.models.packed import pack_products
-from qinglan.models.trunk import Products, filled_up, is_written_out, rotation_table, trunk_states
+from qinglan.models.trunk import Products, filled_up, is_written_out, rotated, rotation_table, trunk_states
 
 ROW_STEP = 16
 """Decoding on a CPU: live rows are filled up to a multiple of it."""
@@ -88,8 +89,6 @@ class Place(NamedTuple):
     """Columns in use."""
     numbers: dict[int, Tensor]
     """Decoding: number of heads -> places that are written, worked out by the first layer with so many heads."""
-    bags: dict[int, Bags]
-    """The same for places that are read, by number of query heads."""
     positions: Int[Tensor, "live queries"] | None = None
     """Decoding: the columns that each live row writes."""
     targets: Int[Tensor, " slots"] | None = None
@@ -109,7 +108,7 @@ class SlotLayer(CacheLayerMixin):
         self.num_slots = num_slots
         self.capacity = capacity
         self.dtype = dtype
-        self.place = Place(0, {}, {})
+        self.place = Place(0, {})
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate buffers for states of this shape, [rows, heads, queries, head_dim]."""
@@ -128,7 +127,7 @@ class SlotLayer(CacheLayerMixin):
         """Store new states, [rows, heads, queries, head_dim]; return the keys and values that the queries may see."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        width, numbers, _, positions, targets, sources = self.place
+        width, numbers, positions, targets, sources = self.place
         keys, values = self.buffers()
         if positions is None:
             assert targets is not None and sources is not None
@@ -223,7 +222,7 @@ class SlotCache(Cache):
         input_ids = np.zeros((num_rows, width), dtype=np.int64)
         for row, prompt in zip(input_ids, prompts, strict=False):
             row[: len(prompt)] = prompt
-        place = Place(width, {}, {}, None, torch.tensor(targets, device=device), torch.tensor(sources, device=device))
+        place = Place(width, {}, None, torch.tensor(targets, device=device), torch.tensor(sources, device=device))
         columns = torch.arange(width, device=device)
         distance = (columns[:, None] - columns)[None, None]
         return self._forward(torch.from_numpy(input_ids).to(device), columns.expand(num_rows, -1), distance, place)
@@ -249,10 +248,18 @@ class SlotCache(Cache):
         return self._extend(tokens, positions, width)
 
     def _extend(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
-        distance = (positions[:, :, None] - torch.arange(width, device=positions.device))[:, None]
         # Only padding may stand beyond the context; learned positions have no row for it.
-        position_ids = positions.clamp(max=max_context(self.model) - 1)
-        return self._forward(tokens, position_ids, distance, Place(width, {}, {}, positions))
+        position_ids, place = positions.clamp(max=max_context(self.model) - 1), Place(width, {}, positions)
+        if self._decodes_by_kernel(tokens):
+            return self._forward(tokens, position_ids, None, place)
+        distance = (positions[:, :, None] - torch.arange(width, device=positions.device))[:, None]
+        return self._forward(tokens, position_ids, distance, place)
+
+    def _decodes_by_kernel(self, tokens: Tensor) -> bool:
+        """Return True for one token a row where a kernel of ours can store it and read its row."""
+        has_room = all(layer.is_initialized and layer.dtype == torch.float32 for layer in self.slot_layers)
+        is_single = tokens.device.type == "cpu" and tokens.shape[1] == 1
+        return is_single and has_room and is_written_out(self.model) and kernels.library() is not None
 
     def copy(self, targets: Sequence[int], sources: Sequence[int], width: int) -> None:
         """Copy the first `width` columns of slots `sources` over slots `targets` (disjoint)."""
@@ -263,11 +270,11 @@ class SlotCache(Cache):
                 used = buffer[:, :, :width]
                 used.index_copy_(0, to, used.index_select(0, of))
 
-    def _forward(self, input_ids: Tensor, position_ids: Tensor, distance: Tensor, place: Place) -> Tensor:
+    def _forward(self, input_ids: Tensor, position_ids: Tensor, distance: Tensor | None, place: Place) -> Tensor:
         for layer in self.slot_layers:
             layer.place = place
-        masks = self.plan.masks(distance, self.mask_dtype)
-        if isinstance(masks, Tensor) and is_written_out(self.model):
+        masks = None if distance is None else self.plan.masks(distance, self.mask_dtype)
+        if not isinstance(masks, dict) and is_written_out(self.model):
             products = () if place.positions is None else self.products
             return trunk_states(
                 self.model,
@@ -288,19 +295,19 @@ class SlotCache(Cache):
         return output.last_hidden_state
 
     def _attend(
-        self, block: Any, index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
-    ) -> Float[Tensor, "rows queries heads units"]:
-        """Store a layer's new keys and values, and return what its queries [rows, heads, queries, units] read."""
+        self, block: Any, index: int, heads: Sequence[Tensor], rotation: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> Float[Tensor, "rows queries heads units"] | Float[Tensor, "rows 1 hidden"]:
+        """Store a layer's new keys and values, and return what its queries read (`trunk_states` says more)."""
         layer = self.slot_layers[index]
-        place = layer.place
+        if mask is None:
+            assert layer.place.positions is not None
+            has_norms = hasattr(block, "q_norm")
+            norms = (block.q_norm.weight, block.k_norm.weight, block.q_norm.variance_epsilon) if has_norms else None
+            places = (layer.buffers(), layer.place.positions)
+            return kernels.decode(heads, *places, Rotation(*rotation), norms, block.scaling)
+        query, key, value = rotated(block, heads, rotation)
         seen = layer.update(key, value)
-        keys, values = layer.buffers()
-        num_heads, num_queries = query.shape[1:3]
-        if place.positions is None or num_queries > 1 or len(query) < MIN_ROWS or not has_bags(keys):
-            return attention(block, query, *seen, mask, scaling=block.scaling)[0]
-        if num_heads not in place.bags:
-            place.bags[num_heads] = make_bags(place.positions, mask, num_heads, keys)
-        return mix(place.bags[num_heads], query, keys, values, block.scaling).to(product_dtype(query))
+        return attention(block, query, *seen, mask, scaling=block.scaling)[0]
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, num_alike: int) -> Tensor:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -32,8 +31,9 @@ from qinglan.models import adapters
 from qinglan.models.adapters import LoRAConfig, adapter_of, load_model, save_adapter, trainable_copy
 from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
 from qinglan.models.directory import MAX_FILE_SIZE, load_tokenizer, save_weights, write_model_directory
+from qinglan.models.kernels import Runs
 from qinglan.models.tokens import SequenceRow, TokenBatch, TokenSequence, collate, padded_batches
-from qinglan.models.trunk import is_written_out, states_in_rows, states_of_batch, with_filled_rows
+from qinglan.models.trunk import has_runs, is_written_out, states_of_batch, states_of_runs, with_filled_rows
 
 __all__ = [
     "LanguageModel",
@@ -58,8 +58,6 @@ __all__ = [
 ]
 
 _CHUNK_ELEMENTS = 1 << 25  # logits of one chunk: 128 MiB of fp32
-MOST_REAL = 31 / 32
-"""Share of real tokens in a padded batch up to which padding is left out (on a CPU)."""
 
 
 class LanguageModel(NamedTuple):
@@ -203,20 +201,15 @@ def _run_trunk(model: PreTrainedModel, batch: TokenBatch, places: Tensor | None)
         position_ids = position_ids.clamp(max=context - 1)
     input_ids, position_ids = batch.input_ids.to(model.device), position_ids.to(model.device)
     if is_written_out(model):
-        if places is not None and _is_worth_rows(batch):
-            num_columns = input_ids.shape[1]
-            paths = [np.arange(one.start, one.end) + one.row * num_columns for one in batch.sequence_rows]
-            return states_in_rows(model, input_ids, position_ids, paths, places)
+        if has_runs(model):
+            spans = [(one.row * input_ids.shape[1], one.start, one.end) for one in batch.sequence_rows]
+            tokens = torch.cat([torch.arange(row + start, row + end) for row, start, end in spans])
+            runs = Runs.of([end - start for _, start, end in spans])
+            return states_of_runs(model, input_ids, position_ids, tokens, runs, places)
         return states_of_batch(model, input_ids, position_ids, places=places)
     # use_cache=False and no attention_mask: only then does transformers look for packed sequences (masking_utils).
     states = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     return states if places is None else states.flatten(0, 1).index_select(0, places)
-
-
-def _is_worth_rows(batch: TokenBatch) -> bool:
-    """Return True for a padded batch of which setting real tokens apart (`attention_rows.py`) saves what it costs."""
-    is_packed = len(batch.sequence_rows) > len(batch.input_ids)
-    return not is_packed and int(batch.real_mask.sum()) <= MOST_REAL * batch.real_mask.numel()
 
 
 def vocabulary_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

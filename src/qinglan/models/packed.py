@@ -21,8 +21,7 @@ def packed_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     if not (is_written_out(model) and has_packed_products(dtype)):
         return 0
     matrices = [matrix for layer in _layers(model) for group in _groups(layer) for matrix in group]
-    skipped = [part for layer in _layers(model) for part in (layer.mlp, layer.mlp.act_fn)]
-    has_hooks = any(part._forward_hooks or part._forward_pre_hooks for part in (*matrices, *skipped))
+    has_hooks = any(matrix._forward_hooks or matrix._forward_pre_hooks for matrix in matrices)
     is_plain = not has_hooks and all(type(matrix) is nn.Linear for matrix in matrices)
     return sum(matrix.weight.numel() for matrix in matrices) * dtype.itemsize if is_plain else 0
 
@@ -35,14 +34,11 @@ def pack_products(model: PreTrainedModel, num_rows: int, dtype: torch.dtype) -> 
 
 def _packed_layer(layer: Any, num_rows: int, dtype: torch.dtype) -> Products:
     heads, output, gate_and_up, down = (_pack(group, num_rows, dtype) for group in _groups(layer))
-    query, key, value = (matrix.out_features for matrix in _groups(layer)[0])
-    sizes = [query, key, value] if hasattr(layer.self_attn, "q_norm") else [query + key, value]
+    sizes = [matrix.out_features for matrix in _groups(layer)[0]]
 
-    def mlp(states: Tensor) -> Tensor:
-        gate, up = gate_and_up(states).chunk(2, dim=-1)
-        return down(layer.mlp.act_fn(gate) * up)
-
-    return Products(lambda states: heads(states).split(sizes, dim=-1), output, mlp)
+    return Products(
+        lambda states: heads(states).split(sizes, dim=-1), output, lambda states: gate_and_up(states).chunk(2, -1), down
+    )
 
 
 def _layers(model: PreTrainedModel) -> Sequence[Any]:

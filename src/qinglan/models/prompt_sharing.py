@@ -15,15 +15,15 @@ Letters: G prompts (rows), T columns, S completions in all, N tokens of completi
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from qinglan.models import attention
+from qinglan.models.kernels import Runs
 from qinglan.models.language_model import token_logprobs
-from qinglan.models.trunk import are_rows_smaller, is_written_out, states_in_rows, states_of_batch
+from qinglan.models.trunk import has_runs, is_written_out, states_of_batch, states_of_runs
 
 ARCHITECTURES = frozenset({"gemma", "gpt2", "llama", "mistral", "qwen2", "qwen3"})
 """Values of `config.model_type` for which the tests show that a tree row equals separate rows."""
@@ -58,8 +58,10 @@ class TreeBatch(NamedTuple):
     """Column of the token before it: for a completion's first token that is the prompt's last."""
     owners: Int[Tensor, " N"]
     """Number of the completion that the token belongs to."""
-    paths: tuple[np.ndarray, ...]
-    """For each completion the places, row * T + column, of the prompt's tokens and its own."""
+    tokens: Int[Tensor, " R"]
+    """Places, row * T + column, of all tokens, without padding."""
+    runs: Runs
+    """The trees in that list."""
 
     @property
     def may_attend(self) -> Bool[Tensor, "G 1 T T"]:
@@ -90,7 +92,7 @@ def make_tree_batch(trees: Sequence[PromptTree], device: torch.device) -> TreeBa
     input_ids = torch.zeros(len(trees), width, dtype=torch.int64)
     position_ids = torch.zeros_like(input_ids)
     branches = torch.full_like(input_ids, -1)
-    paths = []
+    own = torch.zeros_like(input_ids, dtype=torch.int32)
     ends: list[tuple[int, int]] = []
     targets: list[tuple[int, int, int, int]] = []
     for row, tree in enumerate(trees):
@@ -101,13 +103,16 @@ def make_tree_batch(trees: Sequence[PromptTree], device: torch.device) -> TreeBa
             input_ids[row, here] = torch.tensor(ids)
             position_ids[row, here] = torch.arange(start, start + len(ids))
             branches[row, here] = branch
+            own[row, here] = column if branch > 0 else 0
             if branch > 0:
                 before = [len(tree.prompt_ids) - 1, *range(column, column + len(ids) - 1)]
                 targets += [(row, column + k, before[k], len(ends)) for k in range(len(ids))]
                 ends.append((row, column + len(ids) - 1))
-                own = np.r_[: len(tree.prompt_ids), column : column + len(ids)]
-                paths.append(own + row * width)
             column += len(ids)
+    is_real = (branches >= 0).flatten()
+    prompt_lengths = torch.tensor([len(tree.prompt_ids) for tree in trees], dtype=torch.int32)
+    shared = torch.where(branches > 0, prompt_lengths[:, None], 0)
+    runs = Runs.of([tree.num_tokens for tree in trees])
     rows, columns = torch.tensor(ends).unbind(dim=1)
     target_rows, target_columns, predicting_columns, owners = torch.tensor(targets, device=device).unbind(dim=1)
     return TreeBatch(
@@ -120,7 +125,8 @@ def make_tree_batch(trees: Sequence[PromptTree], device: torch.device) -> TreeBa
         target_columns=target_columns,
         predicting_columns=predicting_columns,
         owners=owners,
-        paths=tuple(paths),
+        tokens=is_real.nonzero()[:, 0],
+        runs=runs._replace(own=own.flatten()[is_real], shared=shared.flatten()[is_real]),
     )
 
 
@@ -130,8 +136,8 @@ def tree_states(
     """Return the trunk's last hidden states at some places; gradients flow."""
     places = rows * batch.input_ids.shape[1] + columns
     if is_written_out(model):
-        if are_rows_smaller([len(path) for path in batch.paths], batch.input_ids.shape):
-            return states_in_rows(model, batch.input_ids, batch.position_ids, batch.paths, places)
+        if has_runs(model):
+            return states_of_runs(model, batch.input_ids, batch.position_ids, batch.tokens, batch.runs, places)
         return states_of_batch(model, batch.input_ids, batch.position_ids, batch.may_attend, places)
     output = model.base_model(
         input_ids=batch.input_ids,

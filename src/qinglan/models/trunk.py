@@ -18,17 +18,17 @@ Letters: B rows, T columns, H heads, K units of a head, D hidden units, M places
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 
 from qinglan.core.device import Device
-from qinglan.models import attention
-from qinglan.models.attention_rows import AttentionRows, attention_rows
+from qinglan.models import attention, kernels
+from qinglan.models.kernels import Rotation, Runs
 
 ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Values of `config.model_type`."""
@@ -101,7 +101,8 @@ def _has_fixed_rotation(model: PreTrainedModel) -> bool:
 def _parts(trunk: Any) -> Iterator[torch.nn.Module]:
     yield from (trunk, trunk.norm)
     for layer in trunk.layers:
-        yield from (layer, layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm)
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        yield from (layer, layer.self_attn, layer.mlp, layer.mlp.act_fn, *norms)
 
 
 def trunk_states(
@@ -112,7 +113,7 @@ def trunk_states(
     *,
     attend: Callable[..., Tensor] | None = None,
     places: Int[Tensor, " M"] | None = None,
-    rows: AttentionRows | None = None,
+    runs: Runs | None = None,
     products: Sequence["Products"] = (),
     rotations: tuple[Tensor, Tensor] | None = None,
 ) -> Float[Tensor, "B T D"] | Float[Tensor, "M D"]:
@@ -123,45 +124,49 @@ def trunk_states(
         input_ids: tokens.
         position_ids: their positions.
         mask: what `attention.attention` takes; None: causal, and where positions start again, a sequence of its own.
-        attend: what keeps keys and values of earlier tokens: from a layer's attention, its number, its queries, keys,
-            values and the mask to what the queries read, [B, T, H, K].
+        attend: what keeps keys and values of earlier tokens: from a layer's attention, its number, its queries, keys
+            and values as they leave the matrices, the rotation and the mask to what the queries read, [B, T, H, K].
         places: numbers row * T + column of the states that are asked for; default: all.
-        rows: what attention sees, where `input_ids` are one list of tokens (B = 1).
+        runs: what sees what where `input_ids` are one list of tokens (B = 1), in place of `mask`.
         products: what stands in for the layers' matrices (`packed.py`).
         rotations: `rotation_table`, where it is kept.
     """
     trunk: Any = model.base_model
     states = trunk.embed_tokens(input_ids)
-    if rows is not None:
-        position_ids = position_ids[0][rows.tokens]
-    elif mask is None and attend is None:
+    if mask is None and attend is None and runs is None:
         mask = packed_mask(position_ids)
     if rotations is None:
         rotation = trunk.rotary_emb(states, position_ids)
     else:
         rotation = rotations[0][position_ids], rotations[1][position_ids]
+    angles = Rotation(*(part[0].contiguous() for part in rotation)) if runs is not None else None
     dtype, length = attention.product_dtype(states), position_ids.shape[1]
     shape = (len(position_ids), model.config.num_attention_heads, length)
-    in_blocks = attend is None and attention.pays(shape, length, dtype)
+    in_blocks = attend is None and runs is None and attention.pays(shape, length, dtype)
     blocks = attention.plan_blocks(mask, length, length, dtype) if in_blocks else None
     early = places if places is not None and len(places) < input_ids.numel() else None
-    layers = trunk.layers[: model.config.num_hidden_layers]
+    layers, change = trunk.layers[: model.config.num_hidden_layers], None
     for index, (layer, own) in enumerate(zip(layers, products or map(Products.of, layers), strict=True)):
         block = layer.self_attn
-        heads = own.heads(normalize(layer.input_layernorm, states, dtype))
-        query, key, value = _attended(block, heads, rotation, rows)
-        if blocks is not None:
-            mixed = attention.block_attention(query, key, value, blocks, block.scaling).transpose(1, 2)
+        states, normed = add_normalize(layer.input_layernorm, states, change, dtype)
+        heads = own.heads(normed)
+        if runs is not None and angles is not None:
+            query, key, value = (part[0] for part in _split(block, heads))
+            mixed = kernels.attend(query, key, value, runs, angles, block.scaling)[None]
         elif attend is not None:
-            mixed = attend(block, index, query, key, value, mask)
+            mixed = attend(block, index, heads, rotation, mask)
         else:
-            mixed, _ = attention.attention(block, query, key, value, mask, scaling=block.scaling)
-        mixed = mixed.flatten(2) if rows is None else rows.collect(mixed, input_ids.shape[1])
+            query, key, value = rotated(block, heads, rotation)
+            if blocks is not None:
+                mixed = attention.block_attention(query, key, value, blocks, block.scaling).transpose(1, 2)
+            else:
+                mixed, _ = attention.attention(block, query, key, value, mask, scaling=block.scaling)
+        mixed = mixed.flatten(2)
         if early is not None and index == len(layers) - 1:
             states, mixed = (part.flatten(0, 1).index_select(0, early) for part in (states, mixed))
-        states = states + own.output(mixed)
-        states = states + own.mlp(normalize(layer.post_attention_layernorm, states, dtype))
-    states = normalize(trunk.norm, states, states.dtype)
+        states, normed = add_normalize(layer.post_attention_layernorm, states, own.output(mixed), dtype)
+        change = own.down(gate(layer.mlp, *own.gate_and_up(normed)))
+    states = add_normalize(trunk.norm, states, change, states.dtype)[1]
     return states if places is None or early is not None else states.flatten(0, 1).index_select(0, places)
 
 
@@ -193,32 +198,34 @@ def states_of_batch(
     return trunk_states(model, input_ids, position_ids, mask, places=F.pad(moved, (0, more)))[: len(places)]
 
 
-def states_in_rows(
+def states_of_runs(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "B T"],
     position_ids: Int[Tensor, "B T"],
-    paths: Sequence[np.ndarray],
-    places: Int[Tensor, " M"],
-) -> Float[Tensor, "M D"]:
-    """Return `states_of_batch` at `places`, worked out on the tokens of `paths` alone (`attention_rows.py`)."""
-    longest, context = max(map(len, paths)), getattr(model.config, "max_position_embeddings", None)
-    width = min(filled_up(longest), max(longest, context or filled_up(longest)))
-    rows, numbers = attention_rows(paths, input_ids.numel(), width)
-    shown = torch.from_numpy(np.flatnonzero(numbers >= 0))
-    more = filled_up(len(shown), 5) - len(shown)  # lists of tokens have more sizes than rows have
-    tokens, positions = (F.pad(one.flatten()[shown], (0, more))[None] for one in (input_ids, position_ids))
-    more = max(0, min(filled_up(len(places), 5), tokens.numel()) - len(places))
-    wanted = F.pad(torch.from_numpy(numbers)[places], (0, more))
-    return trunk_states(model, tokens, positions, rows=rows, places=wanted)[: len(places)]
+    tokens: Int[Tensor, " N"],
+    runs: Runs,
+    places: Int[Tensor, " M"] | None,
+) -> Float[Tensor, "M D"] | Float[Tensor, "B T D"]:
+    """Return `states_of_batch` worked out on the tokens at the places `tokens` alone, which stand in `runs`.
 
-
-def are_rows_smaller(lengths: Sequence[int], shape: Sequence[int]) -> bool:
-    """Return True if attention has at most half as much to do in rows of these lengths as in a rectangle [B, T].
-
-    Setting tokens into rows takes time too, and of a rectangle blocks skip what no query sees: nine short completions
-    of a long prompt are a fifth to a third slower in rows.
+    Without `places` the states of all, zeros where there is no token.
     """
-    return 2 * len(lengths) * max(lengths) ** 2 <= shape[0] * shape[1] ** 2
+    more = filled_up(len(tokens), 5) - len(tokens)  # lists of tokens have more sizes than rows have
+    ids, positions = (F.pad(one.flatten()[tokens], (0, more))[None] for one in (input_ids, position_ids))
+    runs = runs.with_filler(more)
+    if places is None:
+        states = trunk_states(model, ids, positions, runs=runs)[0, : len(tokens)]
+        rest = states.new_zeros(input_ids.numel(), states.shape[-1])
+        return rest.index_copy(0, tokens, states).view(*input_ids.shape, -1)
+    numbers = tokens.new_zeros(input_ids.numel()).index_copy_(0, tokens, torch.arange(len(tokens)))
+    most = max(0, min(filled_up(len(places), 5), ids.numel()) - len(places))
+    wanted = F.pad(numbers[places], (0, most))
+    return trunk_states(model, ids, positions, runs=runs, places=wanted)[: len(places)]
+
+
+def has_runs(model: PreTrainedModel) -> bool:
+    """Return True if this model can be worked out by `states_of_runs`."""
+    return is_written_out(model) and kernels.library() is not None
 
 
 def filled_up(number: int, num_digits: int = 6) -> int:
@@ -247,48 +254,61 @@ def packed_mask(position_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"] | N
 
 
 class Products(NamedTuple):
-    """The products of a layer: from normed states to queries, keys and values; from mixed values; the MLP.
-
-    Queries and keys may be one tensor, which is rotated at once, but not where rows are spread.
-    """
+    """The products of a layer: from normed states to queries, keys and values; from mixed values; the MLP's three."""
 
     heads: Callable[[Tensor], Sequence[Tensor]]
     output: Callable[[Tensor], Tensor]
-    mlp: Callable[[Tensor], Tensor]
+    gate_and_up: Callable[[Tensor], Sequence[Tensor]]
+    down: Callable[[Tensor], Tensor]
 
     @staticmethod
     def of(layer: Any) -> "Products":
         """Return those of the modules as they are, adapters included."""
-        block = layer.self_attn
-        matrices = (block.q_proj, block.k_proj, block.v_proj)
-        return Products(lambda normed: [matrix(normed) for matrix in matrices], block.o_proj, layer.mlp)
+        block, mlp = layer.self_attn, layer.mlp
+        heads, halves = (block.q_proj, block.k_proj, block.v_proj), (mlp.gate_proj, mlp.up_proj)
+        return Products(
+            lambda normed: [matrix(normed) for matrix in heads],
+            block.o_proj,
+            lambda normed: [matrix(normed) for matrix in halves],
+            mlp.down_proj,
+        )
 
 
-def _attended(
-    block: Any,
-    heads: Sequence[Float[Tensor, "B T _"]],
-    rotation: tuple[Tensor, Tensor],
-    rows: AttentionRows | None,
+def _split(block: Any, heads: Sequence[Float[Tensor, "B T _"]]) -> Sequence[Float[Tensor, "B T _ K"]]:
+    """Return queries, keys and values by heads, behind their norms."""
+    query, key, value = (one.view(*one.shape[:2], -1, block.head_dim) for one in heads)
+    if hasattr(block, "q_norm"):
+        pairs = ((block.q_norm, query), (block.k_norm, key))
+        query, key = (add_normalize(norm, states, None, states.dtype)[1] for norm, states in pairs)
+    return query, key, value
+
+
+def rotated(
+    block: Any, heads: Sequence[Float[Tensor, "B T _"]], rotation: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values, [B, H, T, K], queries and keys rotated."""
-    parts = [one.view(*one.shape[:2], -1, block.head_dim) for one in heads]
-    if len(parts) == 2:
-        both, value = parts
-        num_groups = value.shape[2]
-        query, key = rotate(both, *rotation).split([both.shape[2] - num_groups, num_groups], dim=1)
-        return query, key, value.transpose(1, 2)
-    query, key, value = parts if rows is None else map(rows.spread, parts)
-    if hasattr(block, "q_norm"):
-        query, key = (normalize(norm, x, x.dtype) for norm, x in ((block.q_norm, query), (block.k_norm, key)))
+    query, key, value = _split(block, heads)
     return rotate(query, *rotation), rotate(key, *rotation), value.transpose(1, 2)
 
 
-def normalize(norm: Any, states: Float[Tensor, "*n D"], dtype: torch.dtype) -> Float[Tensor, "*n D"]:
-    """Return the output of a module for RMS norm in `dtype`; sums are fp32."""
-    if not torch.is_grad_enabled():
-        states = states.float()
-        return (states * _scale_of(states, norm.variance_epsilon)).mul_(norm.weight).to(dtype)
-    return _RMSNorm.apply(states, norm.weight, norm.variance_epsilon, dtype)
+def add_normalize(
+    norm: Any, states: Float[Tensor, "*n D"], added: Float[Tensor, "*n D"] | None, dtype: torch.dtype
+) -> tuple[Float[Tensor, "*n D"], Float[Tensor, "*n D"]]:
+    """Return states + added (None: 0), and the output of a module for RMS norm of that in `dtype`; sums are fp32."""
+    if kernels.library() is not None:
+        return kernels.add_normalize(states, added, norm.weight, norm.variance_epsilon, dtype)
+    states = states if added is None else states + added
+    if torch.is_grad_enabled():
+        return states, _RMSNorm.apply(states, norm.weight, norm.variance_epsilon, dtype)
+    exact = states.float()
+    return states, (exact * _scale_of(exact, norm.variance_epsilon)).mul_(norm.weight).to(dtype)
+
+
+def gate(mlp: Any, opened: Float[Tensor, "*n M"], up: Float[Tensor, "*n M"]) -> Float[Tensor, "*n M"]:
+    """Return what an MLP's last matrix reads."""
+    if type(mlp.act_fn) is SiLUActivation and opened.dtype == up.dtype and kernels.library() is not None:
+        return kernels.gated(opened, up)
+    return mlp.act_fn(opened) * up
 
 
 def rotate(x: Float[Tensor, "B T H K"], cos: Float[Tensor, "B T K"], sin: Float[Tensor, "B T K"]) -> Tensor:
