@@ -14,14 +14,12 @@ MUST_REACH, AIM = 2.5, 4.0
 STEP_SEQUENCES = 32
 BLOCK = {"llama": 1024, "mini": 256, "base": 256}
 OURS: dict[str, list[dict[str, Any]]] = {
-    "llama": [{"pack": pack, "max_tokens": tokens} for pack in (True, False) for tokens in (1024, 2048, 3072)],
+    "llama": [{"pack": True, "max_tokens": tokens} for tokens in (1024, 2048, 3072, 4096)],
     "mini": [{"pack": False, "max_tokens": 1024}],
     "base": [
-        {"pack": True, "max_tokens": 640},
-        {"pack": True, "max_tokens": 1024, "memory float32": "more than the peer's"},
-        {"pack": True, "max_tokens": 1536, "memory float32": "more than the peer's"},
-        {"pack": False, "max_tokens": 1024, "memory float32": "more than the peer's"},
-        {"pack": False, "max_tokens": 2048, "memory": "more than the peer's"},
+        {"pack": True, "max_tokens": 1024},
+        {"pack": True, "max_tokens": 1536},
+        {"pack": True, "max_tokens": 2048, "memory float32": "more than the peer's"},
     ],
 }
 PEER: dict[str, list[dict[str, Any]]] = {

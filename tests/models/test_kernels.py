@@ -1,6 +1,9 @@
 """Compiled kernels against the formulas in fp64: attention in runs, decoding, norms and gates, and being compiled."""
 
 import itertools
+import os
+import platform
+import shutil
 import subprocess
 import sys
 
@@ -81,7 +84,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("dtype", kernels.DTYPES)
-@pytest.mark.parametrize(("heads", "groups", "units"), [(2, 2, 32), (4, 2, 16), (3, 1, 24), (2, 2, 64)])
+@pytest.mark.parametrize(("heads", "groups", "units"), [(2, 2, 32), (4, 2, 16), (3, 1, 24), (2, 1, 10), (2, 2, 64)])
 @pytest.mark.parametrize("name", RUNS)
 def test_attention_in_runs_and_its_gradients(name, heads, groups, units, dtype, generator):
     runs = RUNS[name]
@@ -118,10 +121,9 @@ def test_threads_change_no_bit(generator):
 
 
 @pytest.mark.parametrize("dtype", kernels.DTYPES)
-@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("has_norms", [True, False])
-@pytest.mark.parametrize(("heads", "groups", "units"), [(2, 2, 32), (4, 2, 24), (2, 1, 64)])
-def test_a_step_of_decoding(heads, groups, units, has_norms, window, dtype, generator):
+@pytest.mark.parametrize(("heads", "groups", "units"), [(2, 2, 32), (4, 2, 24), (2, 1, 10), (2, 1, 64)])
+def test_a_step_of_decoding(heads, groups, units, has_norms, dtype, generator):
     positions, capacity = torch.tensor([[0], [4], [17], [39]]), 40
     buffers = [torch.randn(6, groups, capacity, units, generator=generator) for _ in range(2)]
     before = [buffer.clone() for buffer in buffers]
@@ -129,7 +131,7 @@ def test_a_step_of_decoding(heads, groups, units, has_norms, window, dtype, gene
     parts = torch.randn(4, 1, sum(sizes), generator=generator).to(dtype).split(sizes, dim=-1)  # slices of one product
     rotation = angles(positions.float(), units)
     norms = (torch.rand(units, generator=generator), torch.rand(units, generator=generator), 1e-6)
-    found = kernels.decode(parts, buffers, positions, rotation, norms if has_norms else None, 0.3, window)
+    found = kernels.decode(parts, buffers, positions, rotation, norms if has_norms else None, 0.3)
     assert found.shape == (4, 1, heads * units) and found.dtype == dtype
     for row, position in enumerate(positions[:, 0].tolist()):
         query, key, value = (part[row].double().view(-1, units) for part in parts)
@@ -141,9 +143,8 @@ def test_a_step_of_decoding(heads, groups, units, has_norms, window, dtype, gene
         turn = Rotation(*(part[row] for part in rotation))
         query, key = (rotated(states[None], turn)[0] for states in (query, key))
         before[0][row, :, position], before[1][row, :, position] = key.float(), value.float()
-        first = 0 if window is None else max(0, position - window + 1)
         keys, values = (
-            buffer[row, :, first : position + 1].double().repeat_interleave(heads // groups, 0) for buffer in before
+            buffer[row, :, : position + 1].double().repeat_interleave(heads // groups, 0) for buffer in before
         )
         weights = (torch.einsum("hd,hcd->hc", query, keys) * 0.3).softmax(-1)
         assert near(found[row, 0], torch.einsum("hc,hcd->hd", weights, values).flatten(), dtype)
@@ -204,22 +205,69 @@ def test_the_gate_of_an_mlp(units, dtype, generator):
     assert all(near(one, other, dtype) for one, other in zip(gradients, wanted, strict=True))
 
 
-def test_bf16_rounds_as_pytorch_does_and_keeps_what_is_not_a_number():
-    numbers = torch.tensor([[[1.0, 1.00390625, 1.01171875, -3.1415927, 1e-40, 3.4e38, torch.nan, 65504.0]]])
-    _, normed = kernels.add_normalize(torch.zeros_like(numbers), numbers.bfloat16(), torch.ones(8), 1.0, torch.bfloat16)
-    assert bool(normed.isnan().all())  # one spoils the norm of its row, and is seen
-    opened = kernels.gated(numbers.expand(2, 1, 8).contiguous(), torch.ones(2, 1, 8))
-    assert bool(opened[..., 6].isnan().all()) and int(opened.isnan().sum()) == 2
+def test_bf16_rounds_as_pytorch_does():
+    ties = torch.tensor(
+        [1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1e-40, 3.4e38, 65504.0, 0.1, -0.0]
+    )  # fp32 halves of bf16
+    numbers = torch.cat([ties, torch.randn(92, generator=torch.Generator().manual_seed(0))]).bfloat16()
+    open_gate = torch.full((1, 1, 100), 200.0).bfloat16()  # silu(200) = 200
+    found = kernels.gated(open_gate, numbers.view(1, 1, 100))
+    assert torch.equal(found[0, 0], (200 * numbers.float()).bfloat16())
+    states = torch.randn(4, 36, generator=torch.Generator().manual_seed(1))
+    exact, rounded = (kernels.add_normalize(states, None, torch.ones(36), 1e-6, kind)[1] for kind in kernels.DTYPES)
+    assert torch.equal(rounded, exact.bfloat16())
+
+
+def test_what_is_not_a_number_stays_so(generator):
+    """Damaged weights must not look whole."""
+    runs, rotation = Runs.of([40]), angles(torch.arange(40), 16)
+    for damaged in range(3):
+        parts = [torch.randn(40, 2, 16, generator=generator) for _ in range(3)]
+        parts[damaged][7] = torch.nan
+        inputs = [part.requires_grad_() for part in parts]
+        mixed = kernels.attend(*inputs, runs, rotation, 0.25)
+        assert bool(mixed[7].isnan().all())
+        assert any(bool(one.isnan().any()) for one in torch.autograd.grad(mixed.sum(), inputs))
+        heads = [part.detach()[7:8].flatten(1)[:, None] for part in parts]
+        buffers = [torch.randn(1, 2, 8, 16, generator=generator) for _ in range(2)]
+        turn = Rotation(*(part[None, 7:8] for part in rotation))
+        assert bool(kernels.decode(heads, buffers, torch.tensor([[5]]), turn, None, 0.25).isnan().all())
+    _, normed = kernels.add_normalize(torch.tensor([[1.0, torch.nan]]), None, torch.ones(2), 1.0, torch.bfloat16)
+    assert bool(normed.isnan().all())
+    assert bool(kernels.gated(torch.full((1, 1, 3), torch.nan), torch.ones(1, 1, 3)).isnan().all())
+
+
+def test_a_rotation_of_other_units_is_refused():
+    parts = [torch.zeros(3, 1, 8)] * 3
+    with pytest.raises(ValueError, match="rotation of 4 units, heads of 8"):
+        kernels.attend(*parts, Runs.of([3]), angles(torch.arange(3), 4), 1.0)
+
+
+def test_a_gradient_of_sums_alone_passes_through(generator):
+    states, added = (torch.randn(2, 5, generator=generator).requires_grad_() for _ in range(2))
+    sums, _ = kernels.add_normalize(states, added.bfloat16(), torch.ones(5), 1e-6, torch.float32)
+    assert all(torch.equal(one, torch.ones(2, 5)) for one in torch.autograd.grad(sums.sum(), (states, added)))
 
 
 CHILD = "from qinglan.models import kernels; print(kernels.library() is not None)"
 
 
-def run_child(**environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
-    child = [sys.executable, "-c", CHILD]
+def run_child(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    child = [sys.executable, *(command or ("-c", CHILD))]
     return subprocess.run(child, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="another processor")
+def test_vectors_of_eight_give_the_same(tmp_path):
+    """As processors without AVX-512 have them."""
+    compiler = tmp_path / "g++"
+    compiler.write_text(f'#!/bin/sh\nexec {shutil.which("g++")} "$@" -mno-avx512f\n')
+    compiler.chmod(0o755)
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    names = "attention_in_runs or step_of_decoding or sums or gate or rounds or number"
+    found = run_child("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", names, __file__, **environment)
+    assert found.returncode == 0, found.stdout[-3000:]
+    assert len(list((tmp_path / "qinglan" / "kernels").iterdir())) == 1
 
 
 def test_they_are_compiled_once_and_kept(tmp_path):
@@ -229,6 +277,30 @@ def test_they_are_compiled_once_and_kept(tmp_path):
     made = file.stat().st_mtime_ns
     assert run_child(XDG_CACHE_HOME=str(tmp_path)).stdout == "True\n"
     assert file.stat().st_mtime_ns == made
+    file.write_bytes(file.read_bytes()[:100])  # as a full disk leaves it
+    found = run_child(XDG_CACHE_HOME=str(tmp_path))
+    assert (found.stdout, found.stderr) == ("True\n", "")
+    assert list(folder.iterdir()) == [file] and file.stat().st_size > 10_000
+
+
+def test_a_compiler_that_does_not_end_is_said(monkeypatch, capsys):
+    def run(*command, **options):
+        raise subprocess.TimeoutExpired("g++", 60, stderr=b"warning\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert kernels.library.__wrapped__() is None
+    assert "slower: Command 'g++' timed out after 60 seconds" in capsys.readouterr().err
+
+
+def test_threads_beside_those_of_pytorch_are_refused(monkeypatch, capsys):
+    class Other:
+        def num_threads(self):
+            return 7
+
+    monkeypatch.setattr(kernels.ctypes, "CDLL", lambda path: Other())
+    assert kernels.library.__wrapped__() is None
+    assert "an OpenMP of its own" in capsys.readouterr().err
+    assert torch.get_num_threads() == 1
 
 
 def test_a_compiler_that_fails_is_said_in_one_line_and_none_is_no_fault(tmp_path):

@@ -84,13 +84,20 @@ def test_the_last_layer_is_worked_out_where_a_state_is_asked_for_and_nowhere_els
     assert sizes == [num_first] * (len(sizes) - 1) + [num_targets]
 
 
-@pytest.mark.parametrize("part", ["mlp", "self_attn", "input_layernorm"])
+@pytest.mark.parametrize("part", ["mlp", "self_attn", "self_attn.q_norm", "input_layernorm"])
 def test_a_hook_on_a_module_that_is_not_called_sends_the_model_to_transformers(part):
-    lm, calls = make_tiny_lm("llama"), []
-    getattr(lm.model.base_model.layers[0], part).register_forward_hook(lambda *_: calls.append(part))
+    lm, calls = make_tiny_lm("qwen3"), []
+    lm.model.base_model.layers[0].get_submodule(part).register_forward_hook(lambda *_: calls.append(part))
     assert not is_written_out(lm.model)
     hidden_states(lm.model, collate(make_sequences(lm)))
     assert calls == [part]
+
+
+def test_damaged_weights_are_seen_in_every_state():
+    lm = make_tiny_lm("llama")
+    lm.model.base_model.layers[0].self_attn.q_proj.weight.data.fill_(torch.nan)
+    batch = collate(make_sequences(lm))
+    assert bool(hidden_states(lm.model, batch)[batch.real_mask].isnan().all())
 
 
 def test_a_tree_of_completions_has_the_states_of_transformers():

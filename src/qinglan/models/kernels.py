@@ -6,6 +6,7 @@ to be PyTorch's own. Anywhere else the same numbers, up to rounding, come from P
 Letters: N tokens, R runs, B rows, S slots, C columns of a slot, H heads, G heads of keys, D units of a head or a row.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -39,7 +40,7 @@ class _Attention(ctypes.Structure):
 
 class _Decoding(ctypes.Structure):
     _fields_ = [
-        *((name, c_long) for name in ("rows", "heads", "groups", "units", "capacity", "window")),
+        *((name, c_long) for name in ("rows", "heads", "groups", "units", "capacity")),
         *((name, c_long) for name in ("query_row", "key_row", "value_row")),
         ("scale", c_float),
         ("epsilon", c_float),
@@ -78,7 +79,8 @@ class Runs(NamedTuple):
         if num_tokens == 0:
             return self
         starts = torch.cat([self.starts, self.starts[-1:] + num_tokens])
-        return Runs(starts, F.pad(self.own, (0, num_tokens)), F.pad(self.shared, (0, num_tokens)))
+        alone = torch.arange(num_tokens, dtype=torch.int32)  # each sees itself, which costs least
+        return Runs(starts, torch.cat([self.own, alone]), F.pad(self.shared, (0, num_tokens)))
 
 
 class Rotation(NamedTuple):
@@ -87,45 +89,66 @@ class Rotation(NamedTuple):
     cos: Float[Tensor, "*n D"]
     sin: Float[Tensor, "*n D"]
 
+    def of_units(self, units: int) -> "Rotation":
+        """Return them as kernels read them. Raises `ValueError` if they are not of as many units as a head."""
+        if self.cos.shape[-1] != units or self.sin.shape != self.cos.shape:
+            raise ValueError(f"rotation of {self.cos.shape[-1]} units, heads of {units}")
+        return Rotation(*(part.contiguous().float() for part in self))
+
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled kernels; None where they cannot be compiled, which is said if a compiler failed."""
+    """Return the compiled kernels; None where there is no compiler, or where it fails, which is said."""
     if sys.platform != "linux" or shutil.which(COMMAND[0]) is None:
         return None
     try:
-        return ctypes.CDLL(str(_compiled()))
+        path = _path()
+        if path.is_file():
+            with contextlib.suppress(OSError):  # damaged: compiled anew
+                return _loaded(path)
+        _compile(path)
+        return _loaded(path)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [repr(error)]
+        said = getattr(error, "stderr", None)
+        lines = (said if isinstance(said, str) else str(error)).strip().splitlines() or [repr(error)]
         reason = next((line for line in lines if "error" in line), lines[0])
         print(f"models run without compiled kernels, slower: {reason}", file=sys.stderr)
         return None
 
 
-def _compiled() -> Path:
-    """Compile the source unless that has been done for this source, compiler and processor; return the file."""
+def _path() -> Path:
+    """Return where the kernels are kept that this source, compiler and processor make."""
     version = subprocess.run([COMMAND[0], "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     features = sorted({line for line in cpuinfo.splitlines() if line.startswith(("flags", "Features", "model name"))})
-    sources = sorted(SOURCES.iterdir())
-    key = [
-        *(source.read_text(encoding="utf-8") for source in sources),
-        *COMMAND,
-        version,
-        platform.machine(),
-        *features,
-    ]
-    name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:20]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qinglan" / "kernels"
-    path = folder / f"{name}.so"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # others may be compiling the same
-            made = Path(scratch) / path.name
-            command = [*COMMAND, "-o", str(made), *(str(source) for source in sources if source.suffix == ".cpp")]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-            made.replace(path)
-    return path
+    key = [*(source.read_text(encoding="utf-8") for source in _sources("*")), *COMMAND, version, *features]
+    name = hashlib.sha256("\n".join([*key, platform.machine()]).encode()).hexdigest()[:20]
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qinglan" / "kernels" / f"{name}.so"
+
+
+def _sources(kind: str) -> list[Path]:
+    return sorted(path for path in SOURCES.glob(kind) if path.suffix in (".cpp", ".h"))
+
+
+def _compile(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as scratch:  # others may compile too
+        made = Path(scratch) / path.name
+        command = [*COMMAND, "-o", str(made), *map(str, _sources("*.cpp"))]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        made.replace(path)
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """Return the file's functions. Raises `RuntimeError` if they would start threads beside PyTorch's."""
+    kernels, num_threads = ctypes.CDLL(str(path)), torch.get_num_threads()
+    try:
+        torch.set_num_threads(num_threads + 1)
+        if kernels.num_threads() != num_threads + 1:
+            raise RuntimeError("PyTorch has an OpenMP of its own here, whose threads they could not share")
+    finally:
+        torch.set_num_threads(num_threads)
+    return kernels
 
 
 def attend(
@@ -147,8 +170,9 @@ class _Attend(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, runs: Runs, rotation: Rotation, scale: float
     ) -> Tensor:
         query, key, value = (states.contiguous().to(query.dtype) for states in (query, key, value))
+        rotation = rotation.of_units(query.shape[-1])
         call = _Attention(len(runs.starts) - 1, *query.shape[1:2], *key.shape[1:], scale)
-        output, log_sums = torch.empty_like(query), torch.empty(query.shape[:2])
+        output, log_sums = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
         _call(f"attend_{DTYPES[query.dtype]}", call, *runs, *rotation, query, key, value, output, log_sums)
         if ctx is not None:
             ctx.save_for_backward(query, key, value, log_sums)
@@ -172,7 +196,6 @@ def decode(
     rotation: Rotation,
     norms: tuple[Tensor, Tensor, float] | None,
     scale: float,
-    window: int | None = None,
 ) -> Float[Tensor, "B 1 HD"]:
     """Store the keys and values of each row's new token, and return what its queries read of its row.
 
@@ -183,22 +206,26 @@ def decode(
         rotation: of these positions, [B 1 D].
         norms: weights of queries' and keys' norms, and their epsilon.
         scale: of scores.
-        window: columns that a query sees, its own included; None: all.
     """
-    query, key, value = (states[:, 0].to(heads[0].dtype) for states in heads)
+    query, key, value = (_rows_of(states[:, 0].to(heads[0].dtype)) for states in heads)
     groups, capacity, units = buffers[0].shape[1:]
     output = query.new_empty(len(query), 1, query.shape[1])
     query_norm, key_norm, epsilon = norms or (None, None, 0.0)
     call = _Decoding(
-        *(len(query), query.shape[1] // units, groups, units, capacity, window or 0),
+        *(len(query), query.shape[1] // units, groups, units, capacity),
         *(states.stride(0) for states in (query, key, value)),
         scale,
         epsilon,
     )
-    angles = (part.contiguous() for part in rotation)
-    arguments = (positions, query, key, value, query_norm, key_norm, *angles, *buffers, output)
+    weights = (None if norm is None else norm.float() for norm in (query_norm, key_norm))
+    arguments = (positions.contiguous(), query, key, value, *weights, *rotation.of_units(units), *buffers, output)
     _call(f"decode_{DTYPES[query.dtype]}", call, *arguments)
     return output
+
+
+def _rows_of(states: Tensor) -> Tensor:
+    """Return states whose rows may stand apart, but not the numbers of a row."""
+    return states if states.stride(-1) == 1 else states.contiguous()
 
 
 def add_normalize(
@@ -251,7 +278,9 @@ class _AddNormalize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_sums: Tensor | None, of_normed: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_sums: Tensor | None, of_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+        if of_normed is None:
+            return of_sums, None if of_sums is None else of_sums.to(ctx.added_dtype), None, None, None
         sums, weight, scales = ctx.saved_tensors
         to_states, to_weight = torch.empty_like(sums), _parts_of(weight, scales, ctx.needs_input_grad[2])
         to_added = None if ctx.added_dtype == sums.dtype else torch.empty_like(sums, dtype=ctx.added_dtype)
@@ -280,7 +309,8 @@ def gated(gate: Float[Tensor, "*n D"], up: Float[Tensor, "*n D"]) -> Float[Tenso
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        units, output = gate.shape[-1], torch.empty(gate.shape, dtype=gate.dtype)
+        gate, up = _rows_of(gate), _rows_of(up)
+        units, output = gate.shape[-1], gate.new_empty(gate.shape)
         call = _Gate(output.numel() // units, units, gate.stride(-2), up.stride(-2))
         _call(f"gated_{DTYPES[gate.dtype]}", call, gate, up, output)
         if ctx is not None:
@@ -292,7 +322,7 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        to_gate, to_up = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
+        to_gate, to_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
         _call(f"gated_backward_{DTYPES[gate.dtype]}", ctx.call, gate, up, gradient.contiguous(), to_gate, to_up)
         return to_gate, to_up
 

@@ -5,8 +5,9 @@ layer stores what the model hands to `update` and gives back the part of its buf
 from the library's caches in two ways: every row has its own length (where it writes is an index, not a shared counter),
 and the masks are made here, from the lengths, and passed to the model, one for each kind of attention layer.
 
-Slots 0..live-1 are live, without gaps. A step costs live x width, where width is the longest live row. Buffers are as
-large as the rows may ever become, but on the CPU large ones take memory only when a column is first written.
+Slots 0..live-1 are live, without gaps. A step costs live x width, where width is the longest live row, or, with a
+kernel of ours (`kernels.decode`), what the rows hold. Buffers are as large as the rows may ever become, but on the CPU
+large ones take memory only when a column is first written.
 """
 
 import mmap

@@ -5,11 +5,11 @@ models are (ours among them):
 
 - the last layer is worked out where a state is asked for: behind the keys and values nothing looks sideways any more,
   so that a prompt's tokens, which no loss reads, need no output matrix and no MLP there;
-- a norm is one function with its gradient written out, and gives bf16 where bf16 products read it: no casts between;
-- positions are rotated into the order in which attention reads them;
-- masks become blocks once for all layers (`attention.py`).
+- what stands between the products are compiled kernels (`kernels.py`), which read tokens in runs, without padding;
+- where there are none, a norm and a rotation are functions with their gradient written out, and masks become blocks
+  once for all layers (`attention.py`).
 
-The modules stay `transformers`' own and are called as they are, adapters included; only decoding has copies of its own
+Matrices are `transformers`' modules, called as they are, adapters included; only decoding has copies of its own
 (`packed.py`).
 
 Letters: B rows, T columns, H heads, K units of a head, D hidden units, M places whose states are asked for.
@@ -39,7 +39,7 @@ MIN_TOKENS, MAX_BYTES = 1024, 2**24
 def is_written_out(model: PreTrainedModel) -> bool:
     """Return True if `trunk_states` runs this model: a known decoder on a CPU, without windows or compiling.
 
-    Nor may a hook wait on trunk, layers, attention or norms, which are not called as modules (linear layers are).
+    Nor may a hook wait on trunk, layers, attention, MLPs or norms, which are not called as modules (linear layers are).
     """
     config = model.config
     trunk: Any = model.base_model
@@ -52,7 +52,7 @@ def is_written_out(model: PreTrainedModel) -> bool:
         and set(kinds) == {"full_attention"}
         and not has_window
         and "forward" not in vars(trunk)  # compiled
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in _parts(trunk))
+        and not any(map(_has_hooks, _parts(trunk)))
     )
 
 
@@ -101,8 +101,15 @@ def _has_fixed_rotation(model: PreTrainedModel) -> bool:
 def _parts(trunk: Any) -> Iterator[torch.nn.Module]:
     yield from (trunk, trunk.norm)
     for layer in trunk.layers:
+        block = layer.self_attn
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        yield from (layer, layer.self_attn, layer.mlp, layer.mlp.act_fn, *norms)
+        yield from (layer, block, layer.mlp, layer.mlp.act_fn, *norms)
+        yield from (getattr(block, name) for name in ("q_norm", "k_norm") if hasattr(block, name))
+
+
+def _has_hooks(part: torch.nn.Module) -> bool:
+    kinds = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    return any(kinds)
 
 
 def trunk_states(
@@ -125,7 +132,8 @@ def trunk_states(
         position_ids: their positions.
         mask: what `attention.attention` takes; None: causal, and where positions start again, a sequence of its own.
         attend: what keeps keys and values of earlier tokens: from a layer's attention, its number, its queries, keys
-            and values as they leave the matrices, the rotation and the mask to what the queries read, [B, T, H, K].
+            and values as they leave the matrices, the rotation and the mask to what the queries read, [B, T, H, K] or
+            [B, T, HK].
         places: numbers row * T + column of the states that are asked for; default: all.
         runs: what sees what where `input_ids` are one list of tokens (B = 1), in place of `mask`.
         products: what stands in for the layers' matrices (`packed.py`).

@@ -2,11 +2,13 @@
 //
 // Letters: B rows, S slots, C columns of a slot, H heads, G heads of keys, D units of a head.
 
+#include <omp.h>
+
 #include "numbers.h"
 
 extern "C" struct Decoding {
-  long rows, heads, groups, units, capacity, window;  // window 0: a query sees all columns
-  long query_row, key_row, value_row;                 // steps between rows
+  long rows, heads, groups, units, capacity;
+  long query_row, key_row, value_row;  // steps between rows
   float scale, epsilon;
 };
 
@@ -41,15 +43,15 @@ void decode_row(const Decoding& of, long b, long g, long position, const T* quer
             keys + slot + position * units);
   for (long d = 0; d < units; d++)
     values[slot + position * units + d] = number(value[b * of.value_row + g * units + d]);
-  const long first = of.window ? std::max(0L, position - of.window + 1) : 0, count = position - first + 1;
-  const float *k = keys + slot + first * units, *v = values + slot + first * units;
+  const float *k = keys + slot, *v = values + slot;
+  const long count = position + 1, filled_count = filled(count, LANES);
   for (long h = g * shared; h < (g + 1) * shared; h++) {
     read_head(of, query + b * of.query_row + h * units, query_norm, cos + b * units, sin + b * units, of.scale, q);
     for (long first_column = 0; first_column < count; first_column += LANES) {
       Vector products[LANES];
       for (long lane = 0; lane < LANES; lane++) {
         const float* column = k + std::min(first_column + lane, count - 1) * units;
-        for (long d = 0; d < units; d += 16) {
+        for (long d = 0; d < units; d += 16) {  // the next head's, which are on their way from memory meanwhile
           __builtin_prefetch(column + of.capacity * units + d, 0, 2);
           __builtin_prefetch(column + (v - k) + of.capacity * units + d, 0, 2);
         }
@@ -59,7 +61,6 @@ void decode_row(const Decoding& of, long b, long g, long position, const T* quer
       }
       store(scores + first_column, sums_of(products));
     }
-    const long filled_count = filled(count, LANES);
     for (long c = count; c < filled_count; c++) scores[c] = LOWEST;
     const float sum = soften(scores, filled_count);
     for (long d = 0; d < whole; d += LANES) {
@@ -102,3 +103,6 @@ void decode_all(const Decoding& of, const int64_t* positions, const T* query, co
   }
 FUNCTIONS(float, float32)
 FUNCTIONS(BFloat16, bfloat16)
+
+// As PyTorch's, if both have one OpenMP.
+extern "C" int num_threads() { return omp_get_max_threads(); }

@@ -1,4 +1,4 @@
-// Vectors of the processor's width, precisions, and what both kinds of attention need.
+// Vectors of the processor's width, precisions, and what several kernels need.
 
 #pragma once
 
@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 
 #ifdef __AVX512F__
@@ -60,7 +61,7 @@ inline float number(BFloat16 x) {
 
 inline void put(float* to, float x) { *to = x; }
 
-inline void put(BFloat16* to, float x) {  // to the nearest, of two the even one; all but NaN, which the caller looks for
+inline void put(BFloat16* to, float x) {  // to the nearest, of two the even one
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
@@ -88,7 +89,7 @@ inline void store(BFloat16* to, Vector x) {
 }
 
 // e^x for x <= 0 to 1 unit in the last place: 2^n e^r with |r| <= ln(2) / 2, e^r by a polynomial (Cephes' expf).
-// Below -87, where fp32 ends, it is 0.
+// Below -87, where fp32 ends, it is 0; what is not a number stays none, so that damage is seen.
 inline Vector exponential(Vector x) {
   constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded, and stands in the lowest bits
   Vector shifted = x * 1.44269504f + ROUNDER, n = shifted - ROUNDER;
@@ -104,7 +105,7 @@ inline Vector exponential(Vector x) {
   std::memcpy(&bits, &y, sizeof bits);
   bits += power << 23;
   std::memcpy(&y, &bits, sizeof y);
-  return x > -87.0f ? y : Vector{};
+  return x > -87.0f ? y : x == x ? Vector{} : x;
 }
 
 // Numbers become e^(x - the largest); returns their sum. `largest` gets that number.
@@ -130,7 +131,9 @@ inline long filled(long number, long step) { return (number + step - 1) / step *
 // Room for numbers, taken piece by piece.
 class Space {
  public:
-  explicit Space(long size) : start(static_cast<float*>(std::aligned_alloc(64, filled(4 * size, 64)))), next(start) {}
+  explicit Space(long size) : start(static_cast<float*>(std::aligned_alloc(64, filled(4 * size, 64)))), next(start) {
+    if (!start) throw std::bad_alloc();
+  }
   ~Space() { std::free(start); }
   Space(const Space&) = delete;
   float* take(long size) {
