@@ -19,7 +19,7 @@ OURS: dict[str, list[dict[str, Any]]] = {
     "mini": [{"max_rows": 40}, {"max_rows": 128, "memory": "more than the peer's"}],
     "base": [
         {"max_rows": 48, "memory_budget_mib": 325},
-        {"max_rows": 32, "memory_budget_mib": 256},
+        {"max_rows": 64, "memory_budget_mib": 256},
         {"max_rows": 128, "memory": "more than the peer's"},
     ],
 }

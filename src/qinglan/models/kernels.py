@@ -201,13 +201,13 @@ def decode(
 
     Args:
         heads: queries, keys and values of the new tokens as the matrices give them.
-        buffers: keys and values of all slots, fp32; row b is slot b, written at its position.
+        buffers: keys and values of all slots, as precise as `heads`; row b is slot b, written at its position.
         positions: columns that the rows have come to.
         rotation: of these positions, [B 1 D].
         norms: weights of queries' and keys' norms, and their epsilon.
         scale: of scores.
     """
-    query, key, value = (_rows_of(states[:, 0].to(heads[0].dtype)) for states in heads)
+    query, key, value = (_rows_of(states[:, 0].to(buffers[0].dtype)) for states in heads)
     groups, capacity, units = buffers[0].shape[1:]
     output = query.new_empty(len(query), 1, query.shape[1])
     query_norm, key_norm, epsilon = norms or (None, None, 0.0)

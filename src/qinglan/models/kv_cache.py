@@ -258,7 +258,7 @@ class SlotCache(Cache):
 
     def _decodes_by_kernel(self, tokens: Tensor) -> bool:
         """Return True for one token a row where a kernel of ours can store it and read its row."""
-        has_room = all(layer.is_initialized and layer.dtype == torch.float32 for layer in self.slot_layers)
+        has_room = all(layer.is_initialized and layer.dtype in kernels.DTYPES for layer in self.slot_layers)
         is_single = tokens.device.type == "cpu" and tokens.shape[1] == 1
         return is_single and has_room and is_written_out(self.model) and kernels.library() is not None
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from qinglan.models.kv_cache import AttentionPlan, SlotCache, attention_plan
 from qinglan.models.language_model import LanguageModel, vocabulary_logits
+from qinglan.models.trunk import has_runs
 
 MAX_FORWARD_TOKENS = 8192
 """Tokens in one forward pass of `TokenMemory`."""
@@ -93,9 +94,11 @@ class TokenMemory:
 def dtype_of_keys(lm: LanguageModel) -> torch.dtype | None:
     """Return in which precision keys and values are kept, None for the model's own.
 
-    On a CPU always the model's own: its bf16 products are compiled for each shape, and a step of decoding has many.
+    On a CPU bf16 only where kernels of ours read them: PyTorch's bf16 products are compiled for each shape, and a step
+    of decoding has many.
     """
-    return None if lm.device.torch_device.type == "cpu" or lm.device.compute_dtype == torch.float32 else torch.bfloat16
+    is_slow = lm.device.torch_device.type == "cpu" and not has_runs(lm.model)
+    return None if is_slow or lm.device.compute_dtype == torch.float32 else torch.bfloat16
 
 
 class ModelFacts(NamedTuple):
@@ -107,25 +110,25 @@ class ModelFacts(NamedTuple):
     """Memory that one token of one row takes."""
 
 
-_FACTS: WeakKeyDictionary[PreTrainedModel, ModelFacts] = WeakKeyDictionary()
-"""They follow from the architecture, so a model is tried once, however often it samples."""
+_FACTS: WeakKeyDictionary[PreTrainedModel, dict[torch.dtype | None, ModelFacts]] = WeakKeyDictionary()
+"""They follow from the architecture, so a model is tried once in a precision, however often it samples."""
 
 
 def model_facts(model: PreTrainedModel, name: str, dtype: torch.dtype | None) -> ModelFacts:
     """Return what memory a model needs; `dtype` is that of keys and values, None for the model's own."""
-    if model not in _FACTS:
+    known = _FACTS.setdefault(model, {})
+    if dtype not in known:
         plan = attention_plan(model)
         if plan is None:
             why, per_token = "its layers are not known to keep plain keys and values", 1
         else:
             why, per_token = _try_slots(model, plan, dtype)
-        if why:
+        if why and all(facts.plan is not None for facts in known.values()):
             print(
                 f"sampling from {name}: {why}; every step reads the whole text again, slower but exact", file=sys.stderr
             )
-            plan = None
-        _FACTS[model] = ModelFacts(plan, per_token * (dtype or model.dtype).itemsize)
-    return _FACTS[model]
+        known[dtype] = ModelFacts(None if why else plan, per_token * (dtype or model.dtype).itemsize)
+    return known[dtype]
 
 
 def make_row_memory(
