@@ -20,6 +20,8 @@ OURS: dict[str, list[dict[str, Any]]] = {
         {"pack": True, "max_tokens": 1024},
         {"pack": True, "max_tokens": 1536},
         {"pack": True, "max_tokens": 2048, "memory float32": "more than the peer's"},
+        {"pack": True, "max_tokens": 3072, "memory float32": "more than the peer's"},
+        {"pack": True, "max_tokens": 4096, "memory float32": "more than the peer's"},
     ],
 }
 PEER: dict[str, list[dict[str, Any]]] = {

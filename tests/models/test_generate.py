@@ -407,3 +407,10 @@ def test_completion_records(tiny_lm: MakeLM) -> None:
     assert first.token_ids is not None and first.text == lm.chat.text_of(first.token_ids)
     backwards = sample_completions(lm, prompts[::-1], config, seed=4, num_samples=3)[::-1]
     assert [record.id for row in backwards for record in row] == ids
+
+
+def test_a_prompt_of_one_token_is_drawn_the_same_alone_and_beside_longer_ones(tiny_lm: MakeLM) -> None:
+    lm, config = tiny_lm("llama"), SamplingConfig(max_new_tokens=6)
+    (alone,) = generate(lm, [[40]], config, seed=0)[0]
+    beside = generate(lm, [[40], [5, 6, 7, 8]], config, seed=0)[0][0]
+    assert alone.token_ids == beside.token_ids and alone.logprobs == pytest.approx(beside.logprobs, abs=1e-5)

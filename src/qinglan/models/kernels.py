@@ -151,6 +151,11 @@ def _loaded(path: Path) -> ctypes.CDLL:
     return kernels
 
 
+def are_there() -> bool:
+    """Return True if kernels may be called: they are compiled, and no graph is being made, which cannot hold them."""
+    return library() is not None and not torch.compiler.is_compiling()
+
+
 def attend(
     query: Float[Tensor, "N H D"],
     key: Float[Tensor, "N G D"],

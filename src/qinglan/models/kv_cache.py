@@ -181,7 +181,8 @@ class SlotCache(Cache):
         self.mask_dtype = kept
         self.graphs: DecodeGraphs | None = None
         self.products: Sequence[Products] = ()
-        self.rotations = rotation_table(model, capacity) if is_written_out(model) else None
+        self.is_written_out = is_written_out(model)
+        self.rotations = rotation_table(model, capacity) if self.is_written_out else None
 
     def record_steps(self, num_slots: int, name: str) -> None:
         """Decode by CUDA graphs where the model is on a GPU; rows live in the first `num_slots` slots."""
@@ -199,7 +200,7 @@ class SlotCache(Cache):
         self.graphs = DecodeGraphs(step, num_slots, self.slot_layers[0].capacity, space)
 
     def pack_products(self, num_rows: int, dtype: torch.dtype) -> None:
-        """Decode with packed copies of the weights (`packed.packed_bytes` says what they take)."""
+        """Run with packed copies of the weights (`packed.packed_bytes` says what they take)."""
         self.products = pack_products(self.model, num_rows, dtype)
 
     def values_per_token(self) -> int:
@@ -258,9 +259,9 @@ class SlotCache(Cache):
 
     def _decodes_by_kernel(self, tokens: Tensor) -> bool:
         """Return True for one token a row where a kernel of ours can store it and read its row."""
-        has_room = all(layer.is_initialized and layer.dtype in kernels.DTYPES for layer in self.slot_layers)
         is_single = tokens.device.type == "cpu" and tokens.shape[1] == 1
-        return is_single and has_room and is_written_out(self.model) and kernels.library() is not None
+        is_known = all(layer.dtype in kernels.DTYPES for layer in self.slot_layers)
+        return is_single and is_known and self.is_written_out and kernels.are_there()
 
     def copy(self, targets: Sequence[int], sources: Sequence[int], width: int) -> None:
         """Copy the first `width` columns of slots `sources` over slots `targets` (disjoint)."""
@@ -275,17 +276,9 @@ class SlotCache(Cache):
         for layer in self.slot_layers:
             layer.place = place
         masks = None if distance is None else self.plan.masks(distance, self.mask_dtype)
-        if not isinstance(masks, dict) and is_written_out(self.model):
-            products = () if place.positions is None else self.products
-            return trunk_states(
-                self.model,
-                input_ids,
-                position_ids,
-                masks,
-                attend=self._attend,
-                products=products,
-                rotations=self.rotations,
-            )
+        if not isinstance(masks, dict) and self.is_written_out:
+            kept: Any = {"products": self.products, "rotations": self.rotations}
+            return trunk_states(self.model, input_ids, position_ids, masks, attend=self._attend, **kept)
         output = self.model.base_model(
             input_ids=input_ids,
             attention_mask=masks,
@@ -302,6 +295,9 @@ class SlotCache(Cache):
         layer = self.slot_layers[index]
         if mask is None:
             assert layer.place.positions is not None
+            if not layer.is_initialized:  # prompts of one token are not prefilled
+                key, value = (states.unflatten(2, (-1, block.head_dim)).transpose(1, 2) for states in heads[1:])
+                layer.lazy_initialization(key, value)
             has_norms = hasattr(block, "q_norm")
             norms = (block.q_norm.weight, block.k_norm.weight, block.q_norm.variance_epsilon) if has_norms else None
             places = (layer.buffers(), layer.place.positions)

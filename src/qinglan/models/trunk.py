@@ -233,7 +233,7 @@ def states_of_runs(
 
 def has_runs(model: PreTrainedModel) -> bool:
     """Return True if this model can be worked out by `states_of_runs`."""
-    return is_written_out(model) and kernels.library() is not None
+    return is_written_out(model) and kernels.are_there()
 
 
 def filled_up(number: int, num_digits: int = 6) -> int:
@@ -303,7 +303,7 @@ def add_normalize(
     norm: Any, states: Float[Tensor, "*n D"], added: Float[Tensor, "*n D"] | None, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "*n D"], Float[Tensor, "*n D"]]:
     """Return states + added (None: 0), and the output of a module for RMS norm of that in `dtype`; sums are fp32."""
-    if kernels.library() is not None:
+    if kernels.are_there():
         return kernels.add_normalize(states, added, norm.weight, norm.variance_epsilon, dtype)
     states = states if added is None else states + added
     if torch.is_grad_enabled():
@@ -314,7 +314,7 @@ def add_normalize(
 
 def gate(mlp: Any, opened: Float[Tensor, "*n M"], up: Float[Tensor, "*n M"]) -> Float[Tensor, "*n M"]:
     """Return what an MLP's last matrix reads."""
-    if type(mlp.act_fn) is SiLUActivation and opened.dtype == up.dtype and kernels.library() is not None:
+    if type(mlp.act_fn) is SiLUActivation and opened.dtype == up.dtype and kernels.are_there():
         return kernels.gated(opened, up)
     return mlp.act_fn(opened) * up
 
