@@ -18,8 +18,8 @@ OURS: dict[str, list[dict[str, Any]]] = {
     "llama": [{"max_rows": 48}, {"max_rows": 64}, {"max_rows": 128, "memory": "more than the peer's"}],
     "mini": [{"max_rows": 40}, {"max_rows": 128, "memory": "more than the peer's"}],
     "base": [
-        {"max_rows": 48, "memory_budget_mib": 325},
-        {"max_rows": 64, "memory_budget_mib": 256},
+        {"max_rows": 48, "memory_budget_mib": 325, "memory bfloat16": "more than the peer's"},
+        {"max_rows": 48, "memory_budget_mib": 128},
         {"max_rows": 128, "memory": "more than the peer's"},
     ],
 }
