@@ -26,27 +26,34 @@ def ratio(found: dict[str, float]) -> str:
     return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
+OTHERS = {
+    "ratio_to_peer_defaults": "with the peer's defaults",
+    "ratio_to_peer_with_onednn": "with the peer's products by oneDNN too",
+}
+"""Ratios to the peer set otherwise, with the heads of their columns, which are there if one row has such a ratio."""
+
+
 def results_table() -> str:
     """Return one row for each job and setting."""
+    paths = {job: RESULTS / f"{job}.json" for job in JOBS}
+    found = {job: read(path)["by_setting"] for job, path in paths.items() if path.is_file()}
+    shown = [key for key in OTHERS if any(key in one for rows in found.values() for one in rows.values())]
+    heads = "".join(f" {OTHERS[key]} |" for key in shown)
     lines = [
-        "| job | model | products | threads | ours / peer, wall clock | by CPU time | with the peer's defaults "
-        "| with the peer's products by oneDNN too | ours | peer | unit | memory | must, aim |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---|",
+        "| job | model | products | threads | ours / peer, wall clock | by CPU time "
+        f"|{heads} ours | peer | unit | memory | must, aim |",
+        f"|---|---|---|---:|---:|---:|{'---:|' * len(shown)}---:|---:|---|---:|---|",
     ]
-    for job in JOBS:
-        path = RESULTS / f"{job}.json"
-        if not path.is_file():
-            continue
+    for job, rows in found.items():
         module = importlib.import_module(f"benchmarks.{job}")
-        for name, one in read(path)["by_setting"].items():
+        for name, one in rows.items():
             settings = one.get("settings", {"model": name, "dtype": "float32"})
-            others = [one.get(key) for key in ("ratio_to_peer_defaults", "ratio_to_peer_with_onednn")]
-            otherwise = " | ".join(ratio(other["cpu_ratio"]) if other else "" for other in others)
+            others = "".join(f" {ratio(one[key]['cpu_ratio']) if key in one else ''} |" for key in shown)
             products = "; ".join([settings["dtype"], *([one["note"]] if "note" in one else [])])
             lines.append(
                 f"| {job} | {settings['model']} | {products} | {settings.get('threads', 1)} | {ratio(one['ratio'])} "
-                f"| {ratio(one['cpu_ratio'])} | {otherwise} "
-                f"| {one['ours']['median']:.4g} | {one['peer']['median']:.4g} | {module.UNIT} "
+                f"| {ratio(one['cpu_ratio'])} |{others} "
+                f"{one['ours']['median']:.4g} | {one['peer']['median']:.4g} | {module.UNIT} "
                 f"| {one['memory_ratio']:.2f} | {module.MUST_REACH:g}x, {module.AIM:g}x |"
             )
     return "\n".join(lines)
