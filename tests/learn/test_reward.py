@@ -30,8 +30,8 @@ from qinglan.models import kernels
 from qinglan.models.heads import ScalarModel, as_scorer, load_scalar_model, scalar_model_from, token_values
 from qinglan.models.language_model import hidden_states
 from qinglan.models.prompt_sharing import ARCHITECTURES, can_share_prompt
+from qinglan.models.sizes import filled_up
 from qinglan.models.tokens import collate
-from qinglan.models.trunk import filled_up
 
 TREES = sorted(ARCHITECTURES)
 ROWS = ["mistral_sliding", "gemma3"]

@@ -13,15 +13,14 @@ from qinglan.models.adapters import LoRAConfig, trainable_copy
 from qinglan.models.directory import prepare
 from qinglan.models.language_model import hidden_states, save_language_model, target_states
 from qinglan.models.prompt_sharing import PromptTree, make_tree_batch, tree_states
+from qinglan.models.sizes import filled_up, with_filled_rows
 from qinglan.models.tokens import TokenBatch, TokenSequence, collate
 from qinglan.models.trunk import (
     _RMSNorm,
     _Rotate,
-    filled_up,
     is_written_out,
     states_of_batch,
     trunk_states,
-    with_filled_rows,
 )
 
 pytestmark = pytest.mark.usefixtures("both_ways")

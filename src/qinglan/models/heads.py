@@ -41,8 +41,8 @@ from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, toke
 from qinglan.models.completion_rows import make_completion_batches, states_at_ends
 from qinglan.models.directory import load_tokenizer, prepare, save_weights, write_model_directory
 from qinglan.models.language_model import LanguageModel, end_states
+from qinglan.models.sizes import with_filled_rows
 from qinglan.models.tokens import TokenBatch, TokenSequence
-from qinglan.models.trunk import with_filled_rows
 
 
 class ScalarModel(NamedTuple):

@@ -96,10 +96,15 @@ class Rotation(NamedTuple):
         return Rotation(*(part.contiguous().float() for part in self))
 
 
+def has_compiler() -> bool:
+    """Return True where kernels are to be had: on Linux with g++."""
+    return sys.platform == "linux" and shutil.which(COMMAND[0]) is not None
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled kernels; None where there is no compiler, or where it fails, which is said."""
-    if sys.platform != "linux" or shutil.which(COMMAND[0]) is None:
+    if not has_compiler():
         return None
     try:
         path = _path()

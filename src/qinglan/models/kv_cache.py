@@ -32,7 +32,8 @@ from qinglan.models.decode_graphs import DecodeGraphs
 from qinglan.models.kernels import Rotation
 from qinglan.models.language_model import max_context
 from qinglan.models.packed import pack_products
-from qinglan.models.trunk import Products, filled_up, is_written_out, rotated, rotation_table, trunk_states
+from qinglan.models.sizes import filled_up
+from qinglan.models.trunk import Products, is_written_out, rotated, rotation_table, trunk_states
 
 ROW_STEP = 16
 """Decoding on a CPU: live rows are filled up to a multiple of it."""

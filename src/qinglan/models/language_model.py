@@ -32,8 +32,9 @@ from qinglan.models.adapters import LoRAConfig, adapter_of, load_model, save_ada
 from qinglan.models.chat import ChatFormat, TemplateName, make_chat_format, tokenizer_to_save
 from qinglan.models.directory import MAX_FILE_SIZE, load_tokenizer, save_weights, write_model_directory
 from qinglan.models.kernels import Runs
+from qinglan.models.sizes import with_filled_rows
 from qinglan.models.tokens import SequenceRow, TokenBatch, TokenSequence, collate, padded_batches
-from qinglan.models.trunk import has_runs, is_written_out, states_of_batch, states_of_runs, with_filled_rows
+from qinglan.models.trunk import has_runs, is_written_out, states_of_batch, states_of_runs
 
 __all__ = [
     "LanguageModel",

@@ -29,6 +29,7 @@ from transformers.activations import SiLUActivation
 from qinglan.core.device import Device
 from qinglan.models import attention, kernels
 from qinglan.models.kernels import Rotation, Runs
+from qinglan.models.sizes import filled_up
 
 ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Values of `config.model_type`."""
@@ -131,9 +132,9 @@ def trunk_states(
         input_ids: tokens.
         position_ids: their positions.
         mask: what `attention.attention` takes; None: causal, and where positions start again, a sequence of its own.
-        attend: what keeps keys and values of earlier tokens: from a layer's attention, its number, its queries, keys
-            and values as they leave the matrices, the rotation and the mask to what the queries read, [B, T, H, K] or
-            [B, T, HK].
+        attend: what keeps keys and values of earlier tokens; default: there are none. From a layer's attention, its
+            number, its queries, keys and values as they leave the matrices, the rotation and the mask to what the
+            queries read, [B, T, H, K] or [B, T, HK].
         places: numbers row * T + column of the states that are asked for; default: all.
         runs: what sees what where `input_ids` are one list of tokens (B = 1), in place of `mask`.
         products: what stands in for the layers' matrices (`packed.py`).
@@ -141,41 +142,65 @@ def trunk_states(
     """
     trunk: Any = model.base_model
     states = trunk.embed_tokens(input_ids)
-    if mask is None and attend is None and runs is None:
-        mask = packed_mask(position_ids)
     if rotations is None:
         rotation = trunk.rotary_emb(states, position_ids)
     else:
         rotation = rotations[0][position_ids], rotations[1][position_ids]
-    angles = Rotation(*(part[0].contiguous() for part in rotation)) if runs is not None else None
-    dtype, length = attention.product_dtype(states), position_ids.shape[1]
-    shape = (len(position_ids), model.config.num_attention_heads, length)
-    in_blocks = attend is None and runs is None and attention.pays(shape, length, dtype)
-    blocks = attention.plan_blocks(mask, length, length, dtype) if in_blocks else None
+    dtype = attention.product_dtype(states)
+    if attend is None:
+        attend = _mixing(model, position_ids, mask, runs, rotation, dtype)
     early = places if places is not None and len(places) < input_ids.numel() else None
     layers, change = trunk.layers[: model.config.num_hidden_layers], None
     for index, (layer, own) in enumerate(zip(layers, products or map(Products.of, layers), strict=True)):
         block = layer.self_attn
         states, normed = add_normalize(layer.input_layernorm, states, change, dtype)
         heads = own.heads(normed)
-        if runs is not None and angles is not None:
-            query, key, value = (part[0] for part in _split(block, heads))
-            mixed = kernels.attend(query, key, value, runs, angles, block.scaling)[None]
-        elif attend is not None:
-            mixed = attend(block, index, heads, rotation, mask)
-        else:
-            query, key, value = rotated(block, heads, rotation)
-            if blocks is not None:
-                mixed = attention.block_attention(query, key, value, blocks, block.scaling).transpose(1, 2)
-            else:
-                mixed, _ = attention.attention(block, query, key, value, mask, scaling=block.scaling)
-        mixed = mixed.flatten(2)
+        mixed = attend(block, index, heads, rotation, mask).flatten(2)
         if early is not None and index == len(layers) - 1:
             states, mixed = (part.flatten(0, 1).index_select(0, early) for part in (states, mixed))
         states, normed = add_normalize(layer.post_attention_layernorm, states, own.output(mixed), dtype)
         change = own.down(gate(layer.mlp, *own.gate_and_up(normed)))
     states = add_normalize(trunk.norm, states, change, states.dtype)[1]
     return states if places is None or early is not None else states.flatten(0, 1).index_select(0, places)
+
+
+def _mixing(
+    model: PreTrainedModel,
+    position_ids: Int[Tensor, "B T"],
+    mask: Tensor | None,
+    runs: Runs | None,
+    rotation: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+) -> Callable[..., Float[Tensor, "B T H K"]]:
+    """Return what `trunk_states` takes as `attend` for whole texts, planned once for all layers.
+
+    By kernels over `runs` where there are some; else by blocks of `mask`, or, where these would take too much memory,
+    as in other architectures. `dtype` is that of products.
+    """
+    if runs is not None:
+        angles = Rotation(*(part[0].contiguous() for part in rotation))
+
+        def in_runs(block: Any, _: int, heads: Sequence[Tensor], *__: Any) -> Tensor:
+            query, key, value = (part[0] for part in _split(block, heads))
+            return kernels.attend(query, key, value, runs, angles, block.scaling)[None]
+
+        return in_runs
+    seen = packed_mask(position_ids) if mask is None else mask
+    num_rows, length = position_ids.shape
+    if attention.pays((num_rows, model.config.num_attention_heads, length), length, dtype):
+        blocks = attention.plan_blocks(seen, length, length, dtype)
+
+        def in_blocks(block: Any, _: int, heads: Sequence[Tensor], *__: Any) -> Tensor:
+            parts = rotated(block, heads, rotation)
+            return attention.block_attention(*parts, blocks, block.scaling).transpose(1, 2)
+
+        return in_blocks
+
+    def by_module(block: Any, _: int, heads: Sequence[Tensor], *__: Any) -> Tensor:
+        parts = rotated(block, heads, rotation)
+        return attention.attention(block, *parts, seen, scaling=block.scaling)[0]
+
+    return by_module
 
 
 def states_of_batch(
@@ -234,21 +259,6 @@ def states_of_runs(
 def has_runs(model: PreTrainedModel) -> bool:
     """Return True if this model can be worked out by `states_of_runs`."""
     return is_written_out(model) and kernels.are_there()
-
-
-def filled_up(number: int, num_digits: int = 6) -> int:
-    """Return the next number of at most `num_digits` binary digits, then zeros: with 6 less than 1/32 more."""
-    step = 1 << max(0, number.bit_length() - num_digits)
-    return -(-number // step) * step
-
-
-def with_filled_rows(states: Float[Tensor, "N D"]) -> Float[Tensor, "M D"]:
-    """Return states with rows of zeros behind them on a CPU, so that their products have few different sizes.
-
-    oneDNN keeps what it compiles for a size, some 300 KB: with ever new numbers of targets that grows with the run.
-    """
-    more = filled_up(len(states), 5) - len(states) if states.device.type == "cpu" else 0
-    return F.pad(states, (0, 0, 0, more)) if more else states
 
 
 def packed_mask(position_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"] | None:

@@ -56,8 +56,8 @@ Vector logistic(Vector x) {
 
 extern "C" {
 
-// y = w x / sqrt(mean(x^2) + epsilon) of x = states + added (Zhang and Sennrich 2019, equation 4). Either may be null;
-// `sums` gets x where it is asked for, `scales` 1 / sqrt(..).
+// y = w x / sqrt(mean(x^2) + epsilon) of x = states + added (Zhang and Sennrich 2019, equation 4), or of `added` alone
+// where `states` is null. `sums` gets x where it is asked for, `scales` 1 / sqrt(..).
 void norm(const Norm* of, const float* states, const void* added, const float* weight, float* sums, float* scales,
           void* output) {
   const long units = of->units, padded = filled(units, 2 * LANES);
@@ -69,11 +69,9 @@ void norm(const Norm* of, const float* states, const void* added, const float* w
 #pragma omp for schedule(static)
     for (long row = 0; row < of->rows; row++) {
       const long at = row * units;
-      if (added) fetch(added, at, units, of->bf16_added, x);
-      if (states && added)
+      fetch(added, at, units, of->bf16_added, x);
+      if (states)
         for (long d = 0; d < units; d++) x[d] += states[at + d];
-      else if (states)
-        fetch(states, at, units, 0, x);
       if (sums) std::memcpy(sums + at, x, units * sizeof(float));
       const float scale = 1 / std::sqrt(dot(x, x, padded) / units + of->epsilon);
       scales[row] = scale;
@@ -87,7 +85,8 @@ void norm(const Norm* of, const float* states, const void* added, const float* w
 // what was normed, of the precision of what was added. Null are: no gradient of x, results that are not asked for.
 void norm_backward(const Norm* of, const void* x, long bf16_x, const float* weight, const float* scales,
                    const void* slope, const float* slope_of_x, float* to_states, void* to_added, float* to_weight) {
-  const long units = of->units, padded = filled(units, 2 * LANES), parts = (of->rows + ROWS_OF_A_PART - 1) / ROWS_OF_A_PART;
+  const long units = of->units, padded = filled(units, 2 * LANES);
+  const long parts = (of->rows + ROWS_OF_A_PART - 1) / ROWS_OF_A_PART;
 #pragma omp parallel if (of->rows * units > 8192)
   {
     Space space(3 * padded + 64);

@@ -9,7 +9,6 @@
 #include <cstring>
 #include <new>
 
-
 #ifdef __AVX512F__
 constexpr long LANES = 16, ROWS = 8;  // sums of a tile fill 2 ROWS registers of LANES numbers
 #else
